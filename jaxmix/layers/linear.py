@@ -1,0 +1,42 @@
+"""A linear map between named axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+  """y = x W + b, contracting the trailing axes of x.
+
+  The kernel declares its logical axes and how many of them are inputs; sharding, weight decay and Muon's matrix axes
+  follow from that.
+
+  Args:
+    inputs: logical name -> size of the axes of x that are contracted, in order, such as {"embed": 512}.
+    outputs: the same for the axes of y, such as {"heads": 8, "head": 64}.
+    bias: add a bias, zero at first.
+    rngs: gives the kernel, normal with standard deviation 1 / sqrt(inputs), so that y has the variance of x.
+  """
+
+  def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str, int], *, bias: bool = False, rngs: nnx.Rngs):
+    shape = (*inputs.values(), *outputs.values())
+    std = math.prod(inputs.values()) ** -0.5
+    kernel = std * jax.random.normal(rngs.params(), shape)
+    self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs), inputs=len(inputs))
+    self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+    self.contracted = len(inputs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., *inputs] -> [..., *outputs], in the dtype of x."""
+    y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+  @property
+  def flops_per_token(self) -> int:
+    """Floating-point operations of one token, a multiply-add counted as two."""
+    return 2 * self.kernel[...].size

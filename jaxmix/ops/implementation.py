@@ -1,0 +1,79 @@
+"""Which implementation of an op a program gets: chosen when the program is lowered, and explained on request.
+
+`implementation=None` leaves the choice to `jax.lax.platform_dependent`, so a CPU host that compiles for a pod gets the
+pod's kernels. A name is a demand: it raises where it cannot be met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Mapping
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
+
+_PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}  # our name -> jax's name
+_record: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("record", default=None)
+
+
+def run(
+  op: str,
+  implementation: str | None,
+  arrays: tuple,
+  *,
+  functions: Mapping[str, Callable],
+  refusals: Mapping[str, str],
+):
+  """Calls one of `functions` on `arrays`, or lets the platform that the program is lowered for choose.
+
+  Args:
+    op: name of the op, for messages.
+    implementation: None or one of IMPLEMENTATIONS.
+    arrays: positional arguments of the functions.
+    functions: implementation -> function; "reference" and "xla" always stand in it.
+    refusals: implementation -> why it cannot run this call. A kernel that neither has a function nor a reason does not exist yet.
+  Raises:
+    ValueError: the name is unknown, or the implementation refuses this call.
+  """
+  missing = {name: f"{op} has no {name} kernel" for name in _PLATFORMS if name not in functions}
+  refusals = {**missing, **refusals}
+  if implementation is None:
+    kernels = {name: functions[name] for name in _PLATFORMS if name not in refusals}
+    _note(op, kernels, refusals)
+    if not kernels:
+      return functions["xla"](*arrays)
+    branches = {_PLATFORMS[name]: function for name, function in kernels.items()}
+    return jax.lax.platform_dependent(*arrays, default=functions["xla"], **branches)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"{op}: implementation={implementation!r} is unknown; expected None or one of {', '.join(IMPLEMENTATIONS)}")
+  if implementation in refusals:
+    raise ValueError(f'{op}: implementation="{implementation}" cannot run this call: {refusals[implementation]}; use implementation="xla"')
+  return functions[implementation](*arrays)
+
+
+def explain_implementation(function: Callable, *args) -> list[str]:
+  """Says which implementation each op inside `function` gets on each platform, and why not a kernel where it gets none.
+
+  Args:
+    function: any function of arrays that calls ops with `implementation=None`; it is traced, not run.
+    args: its arguments: arrays or jax.ShapeDtypeStruct.
+  Returns:
+    One line an op and outcome, in order of first use, such as
+    "attention: tpu -> tpu kernel; elsewhere -> xla (gpu: attention has no gpu kernel)".
+  """
+  with contextlib.ExitStack() as stack:
+    lines: list[str] = []
+    stack.callback(_record.reset, _record.set(lines))
+    jax.eval_shape(lambda *args: function(*args), *args)  # a fresh function, so that nothing is answered from a cache
+  return list(dict.fromkeys(lines))
+
+
+def _note(op: str, kernels: Mapping[str, Callable], refusals: Mapping[str, str]) -> None:
+  lines = _record.get()
+  if lines is None:
+    return
+  chosen = [f"{name} -> {name} kernel" for name in kernels]
+  why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+  lines.append(f"{op}: " + "; ".join([*chosen, "elsewhere -> xla"]) + (f" ({why})" if why else ""))

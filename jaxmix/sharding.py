@@ -1,0 +1,137 @@
+"""Logical axes to mesh axes: the only such table.
+
+A parameter or an activation names its axes by what they mean ("embed", "heads", "batch"); the tables below say which
+mesh axis cuts each. There is one table a parallelism, and a parallelism is chosen by giving its mesh axis more than
+one device: an axis of size 1 cuts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# mesh axis -> the logical axes that it cuts
+TABLES: dict[str, tuple[str, ...]] = {
+  "data": ("batch",),
+  "fsdp": ("batch", "embed"),  # ZeRO-3: parameters are cut along the model width and gathered where they are used
+  "tensor": ("heads", "mlp", "vocab"),  # Megatron: whole heads, columns of the MLP, rows of the vocabulary
+  "sequence": ("length",),
+}
+MESH_AXES = tuple(TABLES)
+
+
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh with the axes data, fsdp, tensor and sequence.
+
+  Args:
+    data, fsdp, tensor, sequence: devices along each axis; at most one may be -1, which takes what the others leave.
+    devices: the devices to arrange; None means all that this program sees.
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices, or sequence is not 1.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+  text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ValueError(f"make_mesh: {text} — every size must be at least 1, and one of them may be -1 for the rest; set the others")
+  if sequence != 1:
+    raise ValueError(f"make_mesh: sequence={sequence} — no op cuts the length yet; set sequence=1 and give the devices to data or fsdp")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if free:
+    sizes[free[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(f"make_mesh: {text} does not fit {len(devices)} devices — the sizes must multiply to that; -1 takes the rest")
+  shape = tuple(sizes.values())
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
+  """Where an array of these logical axes lies on a mesh.
+
+  An array axis whose length the mesh axes do not divide stays whole, as does one that no table names.
+
+  Args:
+    axes: one logical name an array axis; None for an axis without one.
+    shape: lengths of the array axes.
+    mesh: the mesh, or an abstract one.
+  """
+  spec: list = []
+  for axis, length in zip(axes, shape, strict=True):
+    cuts = tuple(name for name, cut in TABLES.items() if axis in cut and mesh.shape.get(name, 1) > 1)
+    ways = math.prod(mesh.shape[name] for name in cuts)
+    spec.append(cuts if cuts and length % ways == 0 else None)
+  return PartitionSpec(*spec)
+
+
+def ways(axis: str) -> int:
+  """Into how many parts the tables cut a logical axis on the mesh of `jax.set_mesh`; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape.get(name, 1) for name, cut in TABLES.items() if axis in cut)
+
+
+def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+  """The sharding of an array of these logical axes on a mesh; see `partition_spec`."""
+  return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation to the tables, under `jax.set_mesh`; without a mesh it returns x."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def shard_kernel(function: Callable, in_axes: Sequence[tuple], out_axes: tuple) -> Callable:
+  """Runs a kernel on each device's own part, since the compiler cannot partition a kernel.
+
+  Args:
+    function: takes arrays (or None) and returns one array.
+    in_axes: logical axes of each argument.
+    out_axes: logical axes of the result.
+  Returns:
+    The function under `jax.shard_map` on the mesh of `jax.set_mesh`; the function itself where there is none.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function
+
+  def sharded(*arrays):
+    # Two arrays that share an axis must be cut alike, so an axis is whole everywhere as soon as one array needs it whole.
+    whole = {
+      axis
+      for axes, x in zip(in_axes, arrays, strict=True)
+      if x is not None
+      for axis, cut in zip(axes, partition_spec(axes, x.shape, mesh), strict=True)
+      if cut is None
+    }
+
+    def spec(axes):
+      kept = tuple(None if axis in whole else axis for axis in axes)
+      return partition_spec(kept, [mesh.size] * len(kept), mesh)  # divisible by construction
+
+    in_specs = tuple(None if x is None else spec(axes) for axes, x in zip(in_axes, arrays, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
+
+  return sharded
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts this process's rows of a batch on the mesh as one global array a key, cut along the batch.
+
+  Args:
+    batch: arrays [rows of this process, ...].
+  """
+  def put(x: np.ndarray) -> jax.Array:
+    rows = x.shape[0] * jax.process_count()
+    sharding = named_sharding(("batch", *(None,) * (x.ndim - 1)), (rows, *x.shape[1:]), mesh)
+    return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
+
+  return {name: put(x) for name, x in batch.items()}

@@ -1,0 +1,1 @@
+"""Causal linear attention: the definition and the cases by which every implementation is tested and timed."""
