@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from jaxmix import sharding
+
 
 class Embedding(nnx.Module):
   """A table of vectors, read by index.
@@ -18,7 +20,9 @@ class Embedding(nnx.Module):
 
   def __init__(self, size: int, dim: int, *, axis: str = "vocab", rngs: nnx.Rngs):
     self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size, dim)), axes=(axis, "embed"))
+    self.axis = axis
 
   def __call__(self, indices: jax.Array, dtype) -> jax.Array:
     """[B, T] int32 -> [B, T, D] in dtype; an index past the table reads its last row."""
-    return self.table[...].astype(dtype).at[indices].get(mode="clip")
+    table = sharding.constrain(self.table[...].astype(dtype), self.axis, None)  # whole rows, so that a row is found on one device
+    return table.at[indices].get(mode="clip")

@@ -1,5 +1,6 @@
 """Models: stacks of mixers, named by their pattern."""
 
 from jaxmix.models.decoder import REMAT_POLICIES, Decoder
+from jaxmix.models.parameters import Axes, abstract_parameters, init_parameters, parameter_shardings
 
-__all__ = ["REMAT_POLICIES", "Decoder"]
+__all__ = ["REMAT_POLICIES", "Axes", "Decoder", "abstract_parameters", "init_parameters", "parameter_shardings"]

@@ -1,0 +1,18 @@
+"""The one error of a wrong run file, and the nearest right name to put into it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigurationError(ValueError):
+  """A run file or an override is wrong; `str` is one line with the place and the repair."""
+
+
+def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
+  """The end of an error message: "; did you mean heads?", or `otherwise` where no name is near."""
+  close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.6)
+  if close:
+    return f"; did you mean {' or '.join(close)}?"
+  return f"; {otherwise}" if otherwise else ""

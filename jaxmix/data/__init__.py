@@ -1,0 +1,41 @@
+"""From text to batches: sources -> tokenizers -> a token store on disk -> rows -> batches.
+
+`import jaxmix.data` is light. Each name below is imported from its file when it is first used, so
+that Grain, TFDS and the `tokenizers` library are paid for only by those who use them.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+  "BPE": "subword",
+  "Batches": "pipeline",
+  "ByteTokenizer": "tokenizers",
+  "LocalFiles": "local_files",
+  "Source": "sources",
+  "SplitFiles": "local_files",
+  "StandardLibrary": "sources",
+  "StreamDecoder": "tokenizers",
+  "TFDS": "tfds",
+  "TextDataset": "pipeline",
+  "TokenStore": "token_store",
+  "Tokenizer": "tokenizers",
+  "WordPiece": "subword",
+  "open_token_store": "token_store",
+  "prepare_tfds": "tfds",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+  if name in _HOMES:
+    return getattr(importlib.import_module(f"jaxmix.data.{_HOMES[name]}"), name)
+  raise AttributeError(
+    f"module 'jaxmix.data' has no attribute {name!r}; it has {', '.join(_HOMES)}"
+  )
+
+
+def __dir__():
+  return [*globals(), *_HOMES]

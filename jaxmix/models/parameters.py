@@ -1,0 +1,59 @@
+"""The parameters of a model as a plain nested dict of arrays, and what their axes mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmix import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+  """The logical axes of one parameter.
+
+  Attributes:
+    names: one name an array axis, such as ("layers", "embed", "heads", "head").
+    inputs: how many axes a linear map contracts, counted after "layers"; None where the parameter is not a linear map.
+  """
+
+  names: tuple[str, ...]
+  inputs: int | None
+
+  @property
+  def is_matrix(self) -> bool:
+    """Whether it has two axes or more beside the stacking of layers; norms and biases have one."""
+    return len(self.names) - (self.names[0] == "layers") > 1
+
+
+def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
+  """Builds a model without any array.
+
+  Args:
+    model: factory `(*, rngs) -> nnx.Module`.
+  Returns:
+    graph: what `nnx.merge(graph, parameters)` makes the model from;
+    parameters: nested dict of jax.ShapeDtypeStruct;
+    axes: the same dict with `Axes` as its leaves.
+  """
+  graph, state = nnx.split(jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=0))))
+  axes = jax.tree.map(
+    lambda parameter: Axes(tuple(parameter.get_metadata()["axes"]), parameter.get_metadata().get("inputs")),
+    state,
+    is_leaf=lambda x: isinstance(x, nnx.Variable),
+  )
+  return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init_parameters(model: Callable[..., nnx.Module], key: jax.Array) -> dict:
+  """The initial parameters of a model, a nested dict of arrays; trace it under jit to make them where they are to lie."""
+  return nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
+
+
+def parameter_shardings(parameters: dict, axes: dict, mesh: Mesh) -> dict:
+  """The sharding of each parameter on a mesh, by the tables of jaxmix.sharding."""
+  return jax.tree.map(lambda parameter, axis: sharding.named_sharding(axis.names, parameter.shape, mesh), parameters, axes)

@@ -1,0 +1,135 @@
+"""Optimizers and learning-rate schedules, all optax.
+
+An optimizer here is a function of the parameters' axes: which parameters decay, and along which axes a stacked weight
+is a matrix, is read from where each parameter was declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from jaxmix.models import Axes
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def cosine(
+  peak: float, *, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+) -> Schedule:
+  """Linear warm-up to `peak`, then half a cosine down to `final_fraction * peak` at `steps`.
+
+  Source: Loshchilov and Hutter 2017 (arXiv 1608.03983), one period.
+  """
+  _check_schedule("cosine", peak, steps, warmup_steps)
+  return optax.warmup_cosine_decay_schedule(
+    0.0 if warmup_steps else peak, peak, warmup_steps, steps, final_fraction * peak
+  )
+
+
+def warmup_stable_decay(
+  peak: float,
+  *,
+  steps: int,
+  warmup_steps: int = 0,
+  decay_steps: int = 0,
+  final_fraction: float = 0.0,
+) -> Schedule:
+  """Linear warm-up to `peak`, constant, then linear down to `final_fraction * peak` over the last `decay_steps` of `steps`.
+
+  Source: Hu et al. 2024 (arXiv 2404.06395), section 4.
+  """
+  _check_schedule("warmup_stable_decay", peak, steps, warmup_steps + decay_steps)
+  pieces = [
+    optax.linear_schedule(0.0, peak, warmup_steps)
+    if warmup_steps
+    else optax.constant_schedule(peak),
+    optax.constant_schedule(peak),
+    optax.linear_schedule(peak, final_fraction * peak, decay_steps),
+  ]
+  return optax.join_schedules(pieces, [warmup_steps, steps - decay_steps])
+
+
+def adamw(
+  axes: dict,
+  *,
+  learning_rate: float | Schedule,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-8,
+  weight_decay: float = 0.1,
+  clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW with global-norm clipping; matrices decay, norms and biases do not.
+
+  Args:
+    axes: from `jaxmix.models.abstract_parameters`.
+    learning_rate: a number, or a schedule of the step.
+    b1, b2, eps: of Adam.   weight_decay: times the learning rate.   clip_norm: of the whole gradient; None means no clipping.
+  Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); defaults of Brown et al. 2020 (arXiv 2005.14165), appendix B.
+  """
+  decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
+  return optax.chain(
+    _clip(clip_norm),
+    optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays),
+  )
+
+
+def muon(
+  axes: dict,
+  *,
+  learning_rate: float | Schedule,
+  momentum: float = 0.95,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  weight_decay: float = 0.1,
+  clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+  """Muon on every linear map of the stack, AdamW on tables, norms and biases, under one learning rate.
+
+  A weight is orthogonalised as the matrix (its input axes) x (its output axes), each layer of a stack apart, and its
+  update has the size of AdamW's (0.2 sqrt(max(fan in, fan out)) times an orthogonal matrix).
+
+  Args:
+    axes: from `jaxmix.models.abstract_parameters`.
+    learning_rate: a number, or a schedule of the step.
+    momentum: of Muon.   b1, b2: of Adam.   weight_decay: of matrices, times the learning rate.   clip_norm: None means no clipping.
+  Source: Jordan et al. 2024, Muon; Liu et al. 2025 (arXiv 2502.16982) for the scale.
+  """
+  decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
+  transformation = optax.contrib.muon(
+    learning_rate,
+    beta=momentum,
+    adam_b1=b1,
+    adam_b2=b2,
+    weight_decay=weight_decay,
+    adam_weight_decay=weight_decay,
+    weight_decay_mask=decays,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=jax.tree.map(matrix_dimensions, axes),
+  )
+  return optax.chain(_clip(clip_norm), transformation)
+
+
+def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
+  """Which array axes of a parameter are the rows and the columns of its matrix; None where it is not a linear map."""
+  if axes.inputs is None:
+    return None
+  first = int(axes.names[0] == "layers")
+  split = first + axes.inputs
+  return optax.contrib.MuonDimensionNumbers(
+    tuple(range(first, split)), tuple(range(split, len(axes.names)))
+  )
+
+
+def _clip(norm: float | None) -> optax.GradientTransformation:
+  return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def _check_schedule(name: str, peak: float, steps: int, ramps: int) -> None:
+  if peak <= 0 or steps < 1 or ramps > steps:
+    raise ValueError(
+      f"{name}: peak={peak}, steps={steps}, {ramps} steps of ramps — peak must be above 0 and the ramps must fit into steps"
+    )
