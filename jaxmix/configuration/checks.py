@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,25 +37,32 @@ class Statements:
     macros = {macro.name: macro for macro in self.macros}
     return Statements(self.root, [*bindings.values()], [*macros.values()])
 
+  def applying(self, target: Callable[..., Any], scope: Scope) -> list[Binding]:
+    """The bindings of `target` when called inside `scope`, outermost first: later ones win."""
+    found = [
+      binding
+      for binding in self.bindings
+      if binding.target is target and binding.scope == scope[: len(binding.scope)]
+    ]
+    return sorted(found, key=lambda binding: len(binding.scope))
+
   def reached(self) -> set[tuple[Scope, Callable[..., Any]]]:
     """The functions and classes that the root can come to call, each with its scope."""
     seen: set[tuple[Scope, Callable[..., Any]]] = set()
     pending: list[tuple[Scope, Callable[..., Any]]] = [((), self.root)]
     while pending:
       scope, target = pending.pop()
-      if (scope, target) in seen:
-        continue
-      seen.add((scope, target))
-      for binding in self.bindings:
-        if binding.target is target and binding.scope in prefixes(scope):
+      if (scope, target) not in seen:
+        seen.add((scope, target))
+        for binding in self.applying(target, scope):
           for reference in self._references(binding.value):
             pending.append((reference.scope or scope, reference.target))
     return seen
 
   def read(self) -> list[Binding]:
     """The bindings of what is reached."""
-    applied = {(prefix, target) for scope, target in self.reached() for prefix in prefixes(scope)}
-    return [binding for binding in self.bindings if (binding.scope, binding.target) in applied]
+    read = {binding for scope, target in self.reached() for binding in self.applying(target, scope)}
+    return [binding for binding in self.bindings if binding in read]
 
   def _references(self, value: Any) -> Iterator[Reference]:
     """The references in `value`, also through macros, whatever line set them."""
@@ -70,18 +77,13 @@ class Statements:
           pending += [macro.value for macro in self.macros if macro.name == item.name]
 
 
-def prefixes(scope: Scope) -> list[Scope]:
-  """The scopes whose bindings apply inside `scope`, outermost first: later ones win."""
-  return [scope[:length] for length in range(len(scope) + 1)]
-
-
 def expanded(value: Any, macros: Mapping[str, Any]) -> Any:
   """`value` with its macros replaced by what they stand for."""
 
   def leaf(item: Any) -> Any:
-    return (
-      expanded(macros[item.name], macros) if isinstance(item, Macro) and item != REQUIRED else item
-    )
+    if isinstance(item, Macro) and item != REQUIRED:
+      return expanded(macros[item.name], macros)
+    return item
 
   return map_leaves(leaf, value)
 
@@ -169,14 +171,18 @@ def _check_type(binding: Binding, macros: Mapping[str, Any]) -> None:
   value = expanded(binding.value, macros)
   if accepts(parameter.annotation, value):
     return
-  shown = textwrap.shorten(written(value), 100)
-  through = f" = {written(binding.value)}" if value != binding.value else ""
+  through = f" = {_shortened(binding.value)}" if value != binding.value else ""
   repair = repaired(parameter.annotation, value)
   raise ConfigurationError(
-    f"{binding.place}: {binding}{through} = {shown} ({_kind(value)}), "
+    f"{binding.place}: {binding}{through} = {_shortened(value)} ({_kind(value)}), "
     f"expected {parameter.written}"
-    + (f"; write {binding} = {written(repair)}" if repair is not None else "")
+    + (f"; write {binding} = {_shortened(repair)}" if repair is not None else "")
   )
+
+
+def _shortened(value: Any) -> str:
+  text = written(value, width=sys.maxsize)
+  return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _kind(value: Any) -> str:
@@ -193,35 +199,28 @@ def _check_required(effective: Statements, supplied: Sequence[str]) -> None:
         f"{binding.place}: sets {binding}, which is given on the command line; delete the line"
       )
   macros = {macro.name: macro.value for macro in effective.macros}
-  name = effective.root.__name__
-  _check_called(effective, (), effective.root, name, "the run files", supplied)
+  _check_called(
+    effective, Reference((), effective.root.__name__, True, effective.root), (), supplied
+  )
   for scope, target in effective.reached():
-    for binding in effective.bindings:
-      if binding.target is target and binding.scope in prefixes(scope):
-        for item in leaves(expanded(binding.value, macros)):
-          if isinstance(item, Reference) and item.evaluate:
-            inner = item.scope or scope
-            _check_called(
-              effective, inner, item.target, "/".join((*item.scope, item.name)), binding.place, ()
-            )
+    for binding in effective.applying(target, scope):
+      for item in leaves(expanded(binding.value, macros)):
+        if isinstance(item, Reference) and item.evaluate:
+          _check_called(effective, item, item.scope or scope, (), place=f"{binding.place}: ")
 
 
 def _check_called(
   effective: Statements,
+  call: Reference,
   scope: Scope,
-  target: Callable[..., Any],
-  name: str,
-  place: str,
   supplied: Iterable[str],
+  place: str = "",
 ) -> None:
-  bound = {
-    binding.parameter
-    for binding in effective.bindings
-    if binding.target is target and binding.scope in prefixes(scope)
-  }
-  missing = [each for each in signature(target).required if each not in {*bound, *supplied}]
+  given = {*supplied, *(each.parameter for each in effective.applying(call.target, scope))}
+  missing = [name for name in signature(call.target).required if name not in given]
   if missing:
+    name = "/".join((*call.scope, call.name))
     raise ConfigurationError(
-      f"{place}: {name} is called without {', '.join(missing)}; "
+      f"{place}{name} is called without {', '.join(missing)}; "
       f"add a line `{name}.{missing[0]} = ...`"
     )

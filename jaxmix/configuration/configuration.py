@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmix.configuration import writing
-from jaxmix.configuration.checks import Statements, check, expanded, prefixes
+from jaxmix.configuration.checks import Statements, check, expanded
 from jaxmix.configuration.errors import ConfigurationError, nearest
 from jaxmix.configuration.reading import Reader, Symbol
 from jaxmix.configuration.signatures import accepts, signature
@@ -133,13 +133,7 @@ class Configuration:
     return writing.text(self._statements, self._origins, defaults)
 
   def _bound(self, target: Callable[..., Any], scope: Scope) -> dict[str, Any]:
-    inside = prefixes(scope)
-    found = [
-      binding
-      for binding in self._statements.bindings
-      if binding.target is target and binding.scope in inside
-    ]
-    return {each.parameter: each.value for each in sorted(found, key=lambda each: len(each.scope))}
+    return {each.parameter: each.value for each in self._statements.applying(target, scope)}
 
   def _resolved(self, value: Any, scope: Scope) -> Any:
     """`value` with macros, references and calls replaced by what they stand for in `scope`."""

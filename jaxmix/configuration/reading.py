@@ -59,14 +59,15 @@ class Symbol:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """One text being read: a file with its folder, or one override without."""
+  """One text being read: a file with its folder, or one override without.
+
+  symbols: what its imports give; places: where it has set which parameter or macro so far.
+  """
 
   name: str
   folder: Path | None
   symbols: dict[str, Symbol]
-  places: dict[Any, str] = dataclasses.field(
-    default_factory=dict
-  )  # what this text has set so far, and where
+  places: dict[Any, str] = dataclasses.field(default_factory=dict)
 
   def place(self, line: int) -> str:
     return f"{self.name}:{line}" if self.folder else self.name

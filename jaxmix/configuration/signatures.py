@@ -23,7 +23,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One parameter: `annotation` is `Any` where only type checkers can read it, `written` its text."""
+  """One parameter. `annotation` is `Any` where it is for type checkers only; `written`: its text."""
 
   name: str
   default: Any

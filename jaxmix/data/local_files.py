@@ -167,7 +167,7 @@ class LocalFiles:
     return tuple(self._paths)
 
   def documents(self, split: str) -> Iterator[str]:
-    """The documents of `split`: by name within a glob or a folder."""
+    """The documents of `split`, file after file; within a glob or a folder by name."""
     check_split(self, split)
     paths = self._paths[split]
     texts = (
@@ -188,9 +188,8 @@ class SplitFiles:
   """One corpus cut by position: train, then validation, then test.
 
   The files, unpacked and one after the other, are a row of bytes: train is [0, validation_start),
-    validation is
-  [validation_start, test_start), test is the rest. Without `test_start` there is no test split and
-  validation is the rest. Tiny Shakespeare's 90/5/5 is `SplitFiles("input.txt",
+  validation is [validation_start, test_start), test is the rest. Without `test_start` there is no
+  test split and validation is the rest. Tiny Shakespeare's 90/5/5 is `SplitFiles("input.txt",
   validation_start=1003854, test_start=1059624)`. A document that lies on a cut is cut in two.
 
   Args:

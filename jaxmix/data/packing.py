@@ -107,9 +107,8 @@ def make_rows(
 
   Raises:
     ValueError: in training, blocks longer than the whole split, or with packing="none" a length of
-      more than twice
-    the longest document; with packing="none" a document that does not fit a row; nothing to predict
-    at all.
+      more than twice the longest document; with packing="none" a document that does not fit a row;
+      nothing to predict at all.
   """
   targets = count_targets(store, packing=packing)
   if not targets:

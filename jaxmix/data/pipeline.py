@@ -5,6 +5,7 @@ The only file that imports Grain.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,8 @@ class TextDataset:
       for the interpreter.
     prefetch: batches read ahead.
   Raises:
-    TypeError, ValueError: an argument is not what it should be. What is wrong with the text or does
-      not fit it is
-    raised when a split is first used.
+    TypeError, ValueError: an argument is not what it should be. What is wrong with the text, or
+      does not fit it, is raised when a split is first used.
   """
 
   def __init__(
@@ -55,8 +55,8 @@ class TextDataset:
     num_threads: int = 1,
     prefetch: int = 16,
   ):
-    _check_protocol("source", source, Source, "LocalFiles")
-    _check_protocol("tokenizer", tokenizer, Tokenizer, "ByteTokenizer")
+    _check_protocol("source", source, Source, example="LocalFiles")
+    _check_protocol("tokenizer", tokenizer, Tokenizer, example="ByteTokenizer")
     if packing not in rows_of.PACKINGS:
       raise ValueError(
         f"packing={packing!r} is unknown — expected one of {', '.join(rows_of.PACKINGS)}"
@@ -107,8 +107,7 @@ class TextDataset:
       shard: (index, count) of this host; it gets batch_size // count rows a batch.
     Raises:
       ValueError: batch_size is no multiple of count or more than the rows of the split, or the text
-        does not fit
-      `length`.
+        does not fit `length`.
     """
     _check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
     index, count = _check_shard(shard, batch_size)
@@ -248,8 +247,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   return leaves
 
 
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _check_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
-  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  whole = _is_whole(value)
   if not whole or value < minimum or (maximum is not None and value > maximum):
     limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     raise (ValueError if whole else TypeError)(
@@ -259,7 +262,8 @@ def _check_integer(name: str, value: Any, *, minimum: int, maximum: int | None =
 
 def _check_shard(shard: Any, batch_size: Any) -> tuple[int, int]:
   _check_integer("batch_size", batch_size, minimum=1)
-  if not isinstance(shard, Sequence) or len(shard) != 2 or not 0 <= shard[0] < shard[1]:
+  pair = isinstance(shard, Sequence) and len(shard) == 2
+  if not pair or not all(_is_whole(value) for value in shard) or not 0 <= shard[0] < shard[1]:
     raise ValueError(
       f"shard={shard!r} — expected (index, count) with 0 <= index < count — e.g. "
       "(jax.process_index(), jax.process_count())"
@@ -273,13 +277,15 @@ def _check_shard(shard: Any, batch_size: Any) -> tuple[int, int]:
   return index, count
 
 
-def _check_protocol(name: str, value: Any, protocol: type, example: str) -> None:
+def _check_protocol(name: str, value: Any, protocol: type, *, example: str) -> None:
   if isinstance(value, type):
     raise TypeError(
       f"{name} is the class {value.__name__} — expected an object — write {value.__name__}(...), "
       f"or @{value.__name__}() in a gin file"
     )
-  if not isinstance(value, protocol):
+  members = [member for member in vars(protocol) if not member.startswith("_")]
+  # Looked up without evaluating: the splits of a TFDS source are read from disk.
+  if any(inspect.getattr_static(value, member, None) is None for member in members):
     raise TypeError(
       f"{name}={value!r} of type {type(value).__name__} — expected a {protocol.__name__} such as "
       f"{example}(...)"

@@ -9,10 +9,9 @@ import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 
-@runtime_checkable
 class Source(Protocol):
   """Documents of text in named splits.
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,18 +90,16 @@ class WordPiece(_Subword):
   """BERT's WordPiece: clean, lower-case, split at spaces and marks, then match the longest pieces.
 
   `[UNK]` in the text stays one token; every other special token in the text is ordinary text.
-  Decoding puts a
-  space before each word and each mark, as the vocabulary knows no spaces: "hello, world" comes back
-    as
-  "hello , world".
+  Decoding puts a space before each word and each mark, as the vocabulary knows no spaces:
+  "hello, world" comes back as "hello , world".
 
   Args:
     vocab_file: one piece a line; the line number is the id. `~` and `$NAME` are expanded.
     lowercase: lower-case and strip accents, as the uncased vocabularies want.
     end_token: the entry that ends a document; BERT has no other for it than "[SEP]".
   Raises:
-    FileNotFoundError; ValueError: the file is not a WordPiece vocabulary, has an entry twice, or
-    lacks a special token.
+    FileNotFoundError: there is no such file.
+    ValueError: it is not a WordPiece vocabulary, has an entry twice, or lacks a special token.
   Source: Devlin et al. 2018 (1810.04805); greedy matching as in Wu et al. 2016 (1609.08144).
   """
 
@@ -157,12 +156,13 @@ class BPE(_Subword):
   Every text encodes, and decodes to itself. `end_token` in the text is ordinary text.
 
   Args:
-    vocab_file: JSON, entry to id.   merges_file: one pair a line, the first merge first; a line
-      "#version" may lead. `~` and `$NAME` are expanded.
+    vocab_file: JSON, entry to id. `~` and `$NAME` are expanded, also in merges_file.
+    merges_file: one pair a line, the first merge first; a line "#version" may lead.
     end_token: the entry that ends a document.
   Raises:
-    FileNotFoundError; ValueError: not such files, ids that are not 0, 1, 2, ..., a byte or
-    `end_token` without an entry, or a merge of what the vocabulary does not have.
+    FileNotFoundError: there is no such file.
+    ValueError: not such files, ids that are not 0, 1, 2, ..., a byte or `end_token` without an
+      entry, or a merge of what the vocabulary does not have.
   Source: Radford et al. 2019, section 2.2; Sennrich et al. 2015 (1508.07909).
   """
 
@@ -214,7 +214,7 @@ def _cut(text: str) -> Iterator[str]:
   yield text[start:]
 
 
-def _read(path, expected: str) -> str:
+def _read(path: Path, expected: str) -> str:
   try:
     # Bytes, not text mode: an entry may hold characters that text mode takes for line ends.
     return path.read_bytes().decode("utf-8")
@@ -228,7 +228,7 @@ def _read(path, expected: str) -> str:
     ) from None
 
 
-def _numbered(path, entries: list[str]) -> dict[str, int]:
+def _numbered(path: Path, entries: list[str]) -> dict[str, int]:
   twice = [entry for entry, count in collections.Counter(entries).items() if count > 1]
   if twice:
     lines = [number for number, entry in enumerate(entries, 1) if entry == twice[0]]
@@ -239,7 +239,7 @@ def _numbered(path, entries: list[str]) -> dict[str, int]:
   return {entry: number for number, entry in enumerate(entries)}
 
 
-def _entries(path, content: str) -> dict[str, int]:
+def _entries(path: Path, content: str) -> dict[str, int]:
   try:
     vocabulary = json.loads(content)
   except ValueError:
@@ -259,7 +259,7 @@ def _entries(path, content: str) -> dict[str, int]:
   return vocabulary
 
 
-def _merges(path, content: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(path: Path, content: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
   merges = []
   for number, line in enumerate(content.split("\n"), 1):
     line = line.removesuffix("\r")

@@ -33,9 +33,8 @@ class TFDS:
       split.
     text_feature: the feature that holds the text.
   Raises, when the data set is first used:
-    FileNotFoundError: it is not there.   ValueError: it has no such feature, is not array_record,
-      or a split is
-    wrong or without text.
+    FileNotFoundError: it is not there.
+    ValueError: it has no such feature, is not array_record, or a split is wrong or without text.
   """
 
   def __init__(
@@ -149,8 +148,8 @@ def prepare_tfds(
   call this at once.
 
   Args:
-    name: lower-case letters, digits and underscores.   data_dir: a local folder; copy it to where
-      it is needed.
+    name: lower-case letters, digits and underscores.
+    data_dir: a local folder; copy it to where it is needed.
     version: three numbers; another version stands beside the first.
   Returns:
     The folder of the data set, `data_dir/name/version`.
@@ -185,9 +184,7 @@ def _line(error: Exception) -> str:
 def _builder_of(
   source: Source, *, name: str, version: str, data_dir: Path
 ) -> tfds.core.GeneratorBasedBuilder:
-  made_from_text = {
-    "made_from": {split: source.fingerprint(split) for split in source.splits},
-  }
+  made_from_text = {"made_from": {split: source.fingerprint(split) for split in source.splits}}
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(version)

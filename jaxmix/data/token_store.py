@@ -62,17 +62,15 @@ def open_token_store(
   """The tokens of a split: opened where they are cached, else computed and cached.
 
   Several processes may ask at once: one computes, the others wait and open. A cached store whose
-    files do not
-  have the size they should is computed again.
+  files do not have the size they should is computed again.
 
   Args:
     separator: "end": each document is followed by the tokenizer's end_id, if it has one; "none": by
       nothing.
     cache_dir: where stores are kept; None is $XDG_CACHE_HOME/jaxmix or ~/.cache/jaxmix.
   Raises:
-    OSError: the cache folder is full or cannot be written.   ValueError: what the source raises, or
-      a split
-    without tokens.
+    OSError: the cache folder is full or cannot be written.
+    ValueError: what the source raises, or a split without tokens.
   """
   if separator not in ("end", "none"):
     raise ValueError(f"separator={separator!r} is unknown — expected one of end, none")

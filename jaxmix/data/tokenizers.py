@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
 
-@runtime_checkable
 class Tokenizer(Protocol):
   """Text to ids and back.
 
   vocab_size: ids lie in [0, vocab_size).
-  end_id: the id that ends a document, or None where the vocabulary has none. Text never encodes to
-    it.
-  encode(text): ids, int32 [tokens], without special tokens.   encode_batch(texts): the same for
-  each text.
+  end_id: the id that ends a document, None where there is none. Text never encodes to it.
+  encode(text): ids, int32 [tokens], without special tokens.
+  encode_batch(texts): the same for each text.
   decode(ids): text. Ids that stand for no text, end_id among them, are dropped.
   decoder(): a `StreamDecoder`, for text that appears as its ids arrive.
   fingerprint(): a JSON-able dict that changes when what `encode` returns changes.
@@ -44,7 +42,8 @@ class StreamDecoder:
   """Text from ids that arrive one by one, never half a character.
 
   `"".join(decoder.push(id) for id in ids) + decoder.flush()` is `tokenizer.decode(ids)`. Bytes that
-  are not UTF-8 become U+FFFD.
+  are not UTF-8 become U+FFFD. To print what follows a prompt, push the prompt's ids first: whether
+  a space comes before a word depends on what went before.
 
   Args:
     pieces: the bytes of each id; b"" for an id that stands for no text.

@@ -21,6 +21,8 @@ class Linear(nnx.Module):
     outputs: the same for the axes of y, such as {"heads": 8, "head": 64}.
     bias: add a bias, zero at first.
     rngs: gives the kernel, normal with standard deviation 1 / sqrt(inputs), so that y has the variance of x.
+  Attributes:
+    flops_per_token: floating-point operations of one token in one layer, a multiply-add counted as two.
   """
 
   def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str, int], *, bias: bool = False, rngs: nnx.Rngs):
@@ -30,13 +32,9 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs), inputs=len(inputs))
     self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
     self.contracted = len(inputs)
+    self.flops_per_token = 2 * math.prod(shape)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., *inputs] -> [..., *outputs], in the dtype of x."""
     y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-  @property
-  def flops_per_token(self) -> int:
-    """Floating-point operations of one token, a multiply-add counted as two."""
-    return 2 * self.kernel[...].size

@@ -1,0 +1,7 @@
+"""Training: the loop, the step, optimizers, checkpoints, metrics."""
+
+from jaxmix.training.loop import Result, train
+from jaxmix.training.optimizers import adamw, cosine, muon, warmup_stable_decay
+from jaxmix.training.step import TrainStep
+
+__all__ = ["Result", "TrainStep", "adamw", "cosine", "muon", "train", "warmup_stable_decay"]

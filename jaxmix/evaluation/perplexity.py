@@ -1,0 +1,77 @@
+"""Perplexity of a language model over a whole split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmix.objectives import causal_loss, cross_entropy
+from jaxmix.sharding import put_batch
+
+
+class Evaluator:
+  """Runs a model over batches and sums up its loss.
+
+  Args:
+    graph: the model's graph, from `jaxmix.models.abstract_parameters`.
+    mesh: where it runs; call the methods under `jax.set_mesh(mesh)`.
+    objective: `(model, batch) -> (summed loss in nats, sum of weights)`.
+  """
+
+  def __init__(self, graph: nnx.GraphDef, *, mesh: Mesh, objective: Callable = causal_loss):
+    self.graph, self.mesh = graph, mesh
+    self._sums = jax.jit(lambda params, batch: objective(nnx.merge(graph, params), batch))
+    self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
+
+  def run(self, params: dict, batches: Iterable[dict], *, bytes_per_target: float) -> dict[str, float]:
+    """Figures over all targets of the batches.
+
+    Args:
+      params: the model's parameters.
+      batches: dicts of arrays, such as `TextDataset.epoch` yields.
+      bytes_per_target: UTF-8 bytes of text for each target.
+    Returns:
+      loss (nats per target), perplexity, bits_per_byte, targets.
+    """
+    sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
+    return figures(sums, bytes_per_target)
+
+  def run_streams(self, params: dict, batches: Iterable[dict], *, bytes_per_target: float, restart_positions: bool) -> dict[str, float]:
+    """The same with carried state: row b of a batch goes on where row b of the batch before ended.
+
+    Args:
+      batches: such as `TextDataset.streams` yields.
+      restart_positions: count positions from 0 in every batch, for models whose table of positions is as long as a row.
+    """
+    state, sums = None, []
+    for batch in batches:
+      if state is None:
+        state = nnx.merge(self.graph, params).init_state(batch["inputs"].shape[0])
+      total, state = self._streamed_sums(params, put_batch(batch, self.mesh), state, restart_positions)
+      sums.append(total)
+    return figures(sums, bytes_per_target)
+
+  def _stream(self, params, batch, state, restart_positions):
+    model = nnx.merge(self.graph, params)
+    inputs = batch["inputs"]
+    positions = jax.lax.broadcasted_iota("int32", inputs.shape, 1) if restart_positions else None
+    features, state = model.features(inputs, state=state, positions=positions)
+    loss = cross_entropy(features, model.output_table, batch["targets"], batch["weights"])
+    return (loss, batch["weights"].sum()), state
+
+
+def figures(sums: list[tuple[jax.Array, jax.Array]], bytes_per_target: float) -> dict[str, float]:
+  """Loss per target, perplexity and bits per byte of summed losses and weights; summed in float64."""
+  losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+  loss = losses / weights
+  return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": loss / math.log(2) / bytes_per_target, "targets": weights}
+
+
+def perplexity(loss: float) -> float:
+  """exp(loss), infinite where that overflows."""
+  return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,196 @@
+"""Training, top to bottom: everything a run needs is an argument, everything it makes is in its work directory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmix.data import TextDataset
+from jaxmix.evaluation import Evaluator, perplexity
+from jaxmix.objectives import causal_loss
+from jaxmix.ops import explain_implementation
+from jaxmix.sharding import make_mesh, put_batch
+from jaxmix.training.checkpoints import Checkpoints
+from jaxmix.training.interruption import Interruption
+from jaxmix.training.metrics import MetricsWriter, NonFiniteLoss, StepTimer, batch_fingerprint, peak_flops
+from jaxmix.training.plots import plot_losses
+from jaxmix.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended.
+
+  Attributes:
+    step: steps done since the beginning of the run.
+    interrupted: the signal that stopped it, such as "SIGTERM"; None where it ran to its end.
+    validation: the last figures over the validation split; None where none were taken.
+  """
+
+  step: int
+  interrupted: str | None
+  validation: dict[str, float] | None
+
+
+def train(
+  workdir: str,
+  *,
+  model: Callable[..., nnx.Module],
+  data: TextDataset,
+  optimizer: Callable[[dict], optax.GradientTransformation],
+  steps: int,
+  batch_size: int,
+  mesh: Callable[[], Mesh] = make_mesh,
+  objective: Callable = causal_loss,
+  microbatches: int = 1,
+  ema_decay: float | None = None,
+  seed: int = 0,
+  log_every: int = 10,
+  evaluate_every: int = 500,
+  evaluation_batches: int | None = None,
+  checkpoint_every: int = 500,
+  keep: int = 3,
+  keep_best: int = 1,
+  tensorboard: bool = False,
+  config: str = "",
+) -> Result:
+  """Trains a model, or goes on with the run that `workdir` holds.
+
+  Writes to `workdir`: checkpoints/, metrics.jsonl, loss.png, config.gin and, if asked, tensorboard/.
+
+  Args:
+    workdir: folder of the run; made if absent. A run that it holds is continued from its newest checkpoint.
+    model: factory `(vocab_size, *, rngs) -> nnx.Module`.
+    data: gives training batches and the validation split.
+    optimizer: factory `(axes) -> optax.GradientTransformation`, such as `jaxmix.training.adamw` with its settings.
+    steps: optimizer steps of the whole run.
+    batch_size: rows of a step, over all devices and hosts.
+    mesh: factory of the mesh, such as `jaxmix.sharding.make_mesh` with its sizes.
+    objective: `(model, batch, dropout_key) -> (summed loss in nats, sum of weights)`.
+    microbatches: parts that a batch is worked through in, to save memory.
+    ema_decay: of an average of the parameters, which then is what is evaluated; None means none.
+    seed: of parameters, dropout and the order of the data.
+    log_every: steps between lines of metrics; losses are checked for NaN as often.
+    evaluate_every: steps between evaluations on the validation split; 0 means only at the end.
+    evaluation_batches: batches of the validation split that are used; None means all.
+    checkpoint_every: steps between checkpoints; one is also written at each evaluation and at the end.
+    keep, keep_best: newest checkpoints, and best by validation loss, that are kept.
+    tensorboard: also write TensorBoard events.
+    config: text of the configuration, kept beside each checkpoint.
+  Returns:
+    A Result; when SIGTERM or SIGINT came, after saving.
+  Raises:
+    NonFiniteLoss: a loss was NaN or infinite; nothing was saved since the last good checkpoint.
+    CheckpointMismatch, ValueError: the checkpoint or the data are not of this configuration.
+  """
+  _check_counts(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every)
+
+  # ---------------------------------------------------------------- devices
+  folder = pathlib.Path(workdir)
+  hosts = (jax.process_index(), jax.process_count())
+  primary = hosts[0] == 0
+  mesh = mesh()
+
+  with jax.set_mesh(mesh), Interruption() as interruption:
+    # -------------------------------------------------------------- data
+    batches = data.batches("train", batch_size=batch_size, seed=seed, shard=hosts)
+    bytes_per_target = {split: data.bytes_per_target(split) for split in ("train", "validation")}
+
+    # -------------------------------------------------------------- model and optimizer
+    model = functools.partial(model, data.vocab_size)
+    step_program = TrainStep(model, optimizer, mesh=mesh, objective=objective, microbatches=microbatches, ema_decay=ema_decay)
+    evaluator = Evaluator(step_program.graph, mesh=mesh, objective=objective)
+    parameters = sum(x.size for x in jax.tree.leaves(step_program.parameters))
+    flops = 3 * nnx.merge(step_program.graph, step_program.parameters).flops(batch_size, data.length)  # backward is twice forward
+
+    # -------------------------------------------------------------- checkpoint, or a fresh start
+    checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
+    start = checkpoints.latest_step() or 0
+    if start:
+      state, position = checkpoints.restore(start, step_program.abstract_state())
+      batches.set_state(position)
+    else:
+      state = step_program.init(seed)
+    if primary:
+      (folder / "config.gin").write_text(config)
+    metrics = MetricsWriter(folder, total_steps=steps, start_step=start, tensorboard=tensorboard, primary=primary)
+    chips = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    metrics.note(f"{parameters:,} parameters on {chips} ({mesh.devices.flat[0].device_kind}); {data.targets('train'):,} targets in the training split")
+    if start:
+      metrics.note(f"continuing {folder} from step {start}")
+
+    # -------------------------------------------------------------- loop
+    peak = peak_flops(mesh.devices.flat[0])
+    timer = StepTimer(tokens_per_step=batch_size * data.length, flops_per_step=flops, peak_flops=peak and peak * mesh.size)
+    unread = collections.deque()  # (step, batch, results) of steps whose results were not fetched yet
+    validation = None
+    saved = start
+
+    def read_results() -> dict[str, float]:
+      """Waits for the steps since the last call, raises if a loss was not finite, and averages them."""
+      fetched = jax.device_get([results for _, _, results in unread])
+      for (at, batch, _), results in zip(unread, fetched, strict=True):
+        if not math.isfinite(results["loss"]) or not math.isfinite(results["gradient_norm"]):
+          good = str(folder / "checkpoints" / str(saved)) if saved else None
+          raise NonFiniteLoss(step=at, loss=float(results["loss"]), fingerprint=batch_fingerprint(batch), checkpoint=good)
+      unread.clear()
+      return {name: float(sum(results[name] for results in fetched)) / len(fetched) for name in ("loss", "gradient_norm")}
+
+    def save(step: int) -> None:
+      loss = validation["loss"] if validation and validation["step"] == step else None
+      checkpoints.save(step, state, data=batches.get_state(), config=config, validation_loss=loss)
+
+    try:
+      for step in range(start + 1, steps + 1):
+        with timer.waiting_for_data():
+          batch = next(batches)
+        if step == start + 1:
+          for line in explain_implementation(objective, nnx.merge(step_program.graph, state["params"]), batch):
+            metrics.note(line)
+        state, results = step_program.update(state, put_batch(batch, mesh))
+        unread.append((step, batch, results))
+        timer.step_done(results)
+
+        stopping = interruption.requested is not None or step == steps
+        evaluating = step == steps or bool(evaluate_every and step % evaluate_every == 0)
+        saving = stopping or evaluating or step % checkpoint_every == 0
+        if step % log_every == 0 or step == start + 1 or saving:
+          values = read_results()
+          bits = values["loss"] / math.log(2) / bytes_per_target["train"]
+          metrics.write(step, {**values, "perplexity": perplexity(values["loss"]), "bits_per_byte": bits, **timer.read()})
+        with timer.excluded():
+          if evaluating and not interruption.requested:
+            split = data.epoch("validation", batch_size=batch_size, shard=hosts)
+            held_out = [batch for _, batch in zip(range(evaluation_batches or 2**62), split, strict=False)]
+            params = state.get("ema", state["params"])
+            validation = {"step": step, **evaluator.run(params, held_out, bytes_per_target=bytes_per_target["validation"])}
+            metrics.write(step, validation, split="validation")
+            if primary:
+              plot_losses(folder)
+          if saving:
+            save(step)
+            saved = step
+        if stopping:
+          break
+    finally:
+      metrics.close()
+
+    # -------------------------------------------------------------- end
+    checkpoints.close()
+    interrupted = interruption.requested if saved < steps else None
+    return Result(step=saved, interrupted=interrupted, validation=validation)
+
+
+def _check_counts(**counts: int) -> None:
+  for name, count in counts.items():
+    if count < 1:
+      raise ValueError(f"train: {name}={count}, expected at least 1")
