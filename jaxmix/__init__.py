@@ -1,7 +1,7 @@
 """jaxmix: sub-quadratic sequence mixers for JAX.
 
-`import jaxmix` is light: the packages below are imported when they are first named, and gin, TFDS, Grain and
-Orbax only by the few files that use them.
+`import jaxmix` is light: the packages below are imported when they are first named, and gin, TFDS,
+Grain and Orbax only by the few files that use them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Logical axes to mesh axes: the only such table.
 
-A parameter or an activation names its axes by what they mean ("embed", "heads", "batch"); the tables below say which
-mesh axis cuts each. There is one table a parallelism, and a parallelism is chosen by giving its mesh axis more than
-one device: an axis of size 1 cuts nothing.
+A parameter or an activation names its axes by what they mean ("embed", "heads", "batch"); the
+tables below say which mesh axis cuts each. There is one table a parallelism, and a parallelism is
+chosen by giving its mesh axis more than one device: an axis of size 1 cuts nothing.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # mesh axis -> the logical axes that it cuts
 TABLES: dict[str, tuple[str, ...]] = {
   "data": ("batch",),
-  "fsdp": ("batch", "embed"),  # ZeRO-3: parameters are cut along the model width and gathered where they are used
-  "tensor": ("heads", "mlp", "vocab"),  # Megatron: whole heads, columns of the MLP, rows of the vocabulary
+  "fsdp": (
+    "batch",
+    "embed",
+  ),  # ZeRO-3: parameters are cut along the model width and gathered where they are used
+  "tensor": (
+    "heads",
+    "mlp",
+    "vocab",
+  ),  # Megatron: whole heads, columns of the MLP, rows of the vocabulary
   "sequence": ("length",),
 }
 MESH_AXES = tuple(TABLES)
 
 
 def make_mesh(
-  *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
+  *,
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  sequence: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh with the axes data, fsdp, tensor and sequence.
 
   Args:
-    data, fsdp, tensor, sequence: devices along each axis; at most one may be -1, which takes what the others leave.
+    data, fsdp, tensor, sequence: devices along each axis; at most one may be -1, which takes what
+      the others leave.
     devices: the devices to arrange; None means all that this program sees.
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or sequence is not 1.
@@ -40,14 +53,23 @@ def make_mesh(
   text = ", ".join(f"{name}={size}" for name, size in sizes.items())
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise ValueError(f"make_mesh: {text} — every size must be at least 1, and one of them may be -1 for the rest; set the others")
+    raise ValueError(
+      f"make_mesh: {text} — every size must be at least 1, and one of them may be -1 for the "
+      "rest; set the others"
+    )
   if sequence != 1:
-    raise ValueError(f"make_mesh: sequence={sequence} — no op cuts the length yet; set sequence=1 and give the devices to data or fsdp")
+    raise ValueError(
+      f"make_mesh: sequence={sequence} — no op cuts the length yet; set sequence=1 and give the "
+      "devices to data or fsdp"
+    )
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free:
     sizes[free[0]] = len(devices) // fixed
   if math.prod(sizes.values()) != len(devices):
-    raise ValueError(f"make_mesh: {text} does not fit {len(devices)} devices — the sizes must multiply to that; -1 takes the rest")
+    raise ValueError(
+      f"make_mesh: {text} does not fit {len(devices)} devices — the sizes must multiply to that; "
+      "-1 takes the rest"
+    )
   shape = tuple(sizes.values())
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
@@ -55,7 +77,8 @@ def make_mesh(
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
   """Where an array of these logical axes lies on a mesh.
 
-  An array axis whose length the mesh axes do not divide stays whole, as does one that no table names.
+  An array axis whose length the mesh axes do not divide stays whole, as does one that no table
+  names.
 
   Args:
     axes: one logical name an array axis; None for an axis without one.
@@ -64,14 +87,17 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> Pa
   """
   spec: list = []
   for axis, length in zip(axes, shape, strict=True):
-    cuts = tuple(name for name, cut in TABLES.items() if axis in cut and mesh.shape.get(name, 1) > 1)
+    cuts = tuple(
+      name for name, cut in TABLES.items() if axis in cut and mesh.shape.get(name, 1) > 1
+    )
     ways = math.prod(mesh.shape[name] for name in cuts)
     spec.append(cuts if cuts and length % ways == 0 else None)
   return PartitionSpec(*spec)
 
 
 def ways(axis: str) -> int:
-  """Into how many parts the tables cut a logical axis on the mesh of `jax.set_mesh`; 1 without a mesh."""
+  """Into how many parts the tables cut a logical axis on the mesh of `jax.set_mesh`; 1 without a
+  mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape.get(name, 1) for name, cut in TABLES.items() if axis in cut)
 
@@ -97,14 +123,16 @@ def shard_kernel(function: Callable, in_axes: Sequence[tuple], out_axes: tuple) 
     in_axes: logical axes of each argument.
     out_axes: logical axes of the result.
   Returns:
-    The function under `jax.shard_map` on the mesh of `jax.set_mesh`; the function itself where there is none.
+    The function under `jax.shard_map` on the mesh of `jax.set_mesh`; the function itself where
+    there is none.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
 
   def sharded(*arrays):
-    # Two arrays that share an axis must be cut alike, so an axis is whole everywhere as soon as one array needs it whole.
+    # Two arrays that share an axis must be cut alike, so an axis is whole everywhere as soon as one
+    # array needs it whole.
     whole = {
       axis
       for axes, x in zip(in_axes, arrays, strict=True)
@@ -117,8 +145,12 @@ def shard_kernel(function: Callable, in_axes: Sequence[tuple], out_axes: tuple) 
       kept = tuple(None if axis in whole else axis for axis in axes)
       return partition_spec(kept, [mesh.size] * len(kept), mesh)  # divisible by construction
 
-    in_specs = tuple(None if x is None else spec(axes) for axes, x in zip(in_axes, arrays, strict=True))
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)(*arrays)
+    in_specs = tuple(
+      None if x is None else spec(axes) for axes, x in zip(in_axes, arrays, strict=True)
+    )
+    return jax.shard_map(
+      function, mesh=mesh, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False
+    )(*arrays)
 
   return sharded
 
@@ -129,6 +161,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   Args:
     batch: arrays [rows of this process, ...].
   """
+
   def put(x: np.ndarray) -> jax.Array:
     rows = x.shape[0] * jax.process_count()
     sharding = named_sharding(("batch", *(None,) * (x.ndim - 1)), (rows, *x.shape[1:]), mesh)

@@ -46,14 +46,15 @@ def load(
       type; an argument is missing. One line, with the place, what was expected and how to repair
       it.
   """
-  reader = Reader(Symbol(root.__module__, (root.__name__,), root))
+  origin = Symbol(root.__module__, (root.__name__,), root)
+  reader = Reader(origin)
   for name in gin_files:
     reader.read_file(name)
   for text in gin_params:
     reader.read_override(text)
   said = Statements(root, reader.bindings, reader.macros)
   check(said, supplied=supplied)
-  return Configuration(said.effective(), reader.origins, supplied)
+  return Configuration(said.effective(), {root: origin} | reader.origins, supplied)
 
 
 class Configuration:

@@ -91,7 +91,7 @@ class Reader:
   def __init__(self, root: Symbol):
     self.bindings: list[Binding] = []
     self.macros: list[MacroBinding] = []
-    self.origins: dict[Any, Symbol] = {root.value: root}
+    self.origins: dict[Any, Symbol] = {}
     self._meanings: dict[str, list[Symbol]] = {}  # of every name in any file, for the overrides
     self._note_meaning(root.path[-1], root)
     self._open: list[Path] = []

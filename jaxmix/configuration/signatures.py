@@ -23,7 +23,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """One parameter. `annotation` is `Any` where it is for type checkers only; `written`: its text."""
+  """A parameter. `annotation` is `Any` where it is for type checkers only; `written`, its text."""
 
   name: str
   default: Any
@@ -92,13 +92,11 @@ def _constructor(target: type) -> Callable[..., Any] | None:
 
 
 def _parameter(parameter: inspect.Parameter, namespace: dict[str, Any]) -> Parameter:
-  written = parameter.annotation
-  return Parameter(
-    parameter.name,
-    parameter.default,
-    _evaluated(parameter.annotation, namespace),
-    written if isinstance(written, str) else inspect.formatannotation(written),
-  )
+  annotation, written = _evaluated(parameter.annotation, namespace), parameter.annotation
+  is_alias = isinstance(written, str) and written.isidentifier() and not inspect.isclass(annotation)
+  if is_alias or not isinstance(written, str):
+    written = inspect.formatannotation(annotation)  # the name of an alias tells a user nothing
+  return Parameter(parameter.name, parameter.default, annotation, written)
 
 
 def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:

@@ -28,7 +28,9 @@ class Evaluator:
     self._sums = jax.jit(lambda params, batch: objective(nnx.merge(graph, params), batch))
     self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
 
-  def run(self, params: dict, batches: Iterable[dict], *, bytes_per_target: float) -> dict[str, float]:
+  def run(
+    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float
+  ) -> dict[str, float]:
     """Figures over all targets of the batches.
 
     Args:
@@ -41,18 +43,23 @@ class Evaluator:
     sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
     return figures(sums, bytes_per_target)
 
-  def run_streams(self, params: dict, batches: Iterable[dict], *, bytes_per_target: float, restart_positions: bool) -> dict[str, float]:
+  def run_streams(
+    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float, restart_positions: bool
+  ) -> dict[str, float]:
     """The same with carried state: row b of a batch goes on where row b of the batch before ended.
 
     Args:
       batches: such as `TextDataset.streams` yields.
-      restart_positions: count positions from 0 in every batch, for models whose table of positions is as long as a row.
+      restart_positions: count positions from 0 in every batch, for models whose table of positions
+        is as long as a row.
     """
     state, sums = None, []
     for batch in batches:
       if state is None:
         state = nnx.merge(self.graph, params).init_state(batch["inputs"].shape[0])
-      total, state = self._streamed_sums(params, put_batch(batch, self.mesh), state, restart_positions)
+      total, state = self._streamed_sums(
+        params, put_batch(batch, self.mesh), state, restart_positions
+      )
       sums.append(total)
     return figures(sums, bytes_per_target)
 
@@ -66,10 +73,16 @@ class Evaluator:
 
 
 def figures(sums: list[tuple[jax.Array, jax.Array]], bytes_per_target: float) -> dict[str, float]:
-  """Loss per target, perplexity and bits per byte of summed losses and weights; summed in float64."""
+  """Loss per target, perplexity and bits per byte of summed losses and weights; summed in
+  float64."""
   losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
   loss = losses / weights
-  return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": loss / math.log(2) / bytes_per_target, "targets": weights}
+  return {
+    "loss": loss,
+    "perplexity": perplexity(loss),
+    "bits_per_byte": loss / math.log(2) / bytes_per_target,
+    "targets": weights,
+  }
 
 
 def perplexity(loss: float) -> float:

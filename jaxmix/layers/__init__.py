@@ -7,4 +7,16 @@ from jaxmix.layers.mlp import MLPS, DenseMLP, GatedMLP
 from jaxmix.layers.norms import NORMS, LayerNorm, RMSNorm
 from jaxmix.layers.rotary import rotary
 
-__all__ = ["MLPS", "NORMS", "Block", "DenseMLP", "Embedding", "GatedMLP", "LayerNorm", "Linear", "RMSNorm", "dropout", "rotary"]
+__all__ = [
+  "MLPS",
+  "NORMS",
+  "Block",
+  "DenseMLP",
+  "Embedding",
+  "GatedMLP",
+  "LayerNorm",
+  "Linear",
+  "RMSNorm",
+  "dropout",
+  "rotary",
+]

@@ -12,7 +12,8 @@ PLACEMENTS = ("pre_norm", "post_norm")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key, no dropout."""
+  """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); no key, no
+  dropout."""
   if key is None or rate == 0:
     return x
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -21,8 +22,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 class Block(nnx.Module):
   """One layer of a model.
 
-      pre_norm:   x = x + mixer(norm(x));   x = x + mlp(norm(x))       (Xiong et al. 2020, arXiv 2002.04745)
-      post_norm:  x = norm(x + mixer(x));   x = norm(x + mlp(x))       (Vaswani et al. 2017, arXiv 1706.03762)
+      pre_norm:   x = x + mixer(norm(x));   x = x + mlp(norm(x))       (Xiong et al. 2020, arXiv
+        2002.04745)
+      post_norm:  x = norm(x + mixer(x));   x = norm(x + mlp(x))       (Vaswani et al. 2017, arXiv
+        1706.03762)
 
   Args:
     mixer: a mixer (jaxmix.mixers).   mlp: a channel mixer [B, T, D] -> [B, T, D].
@@ -31,9 +34,19 @@ class Block(nnx.Module):
     dropout_rate: of each branch before it joins the residual stream.
   """
 
-  def __init__(self, mixer: nnx.Module, mlp: nnx.Module, norm: Callable[[], nnx.Module], *, placement: str, dropout_rate: float):
+  def __init__(
+    self,
+    mixer: nnx.Module,
+    mlp: nnx.Module,
+    norm: Callable[[], nnx.Module],
+    *,
+    placement: str,
+    dropout_rate: float,
+  ):
     if placement not in PLACEMENTS:
-      raise ValueError(f"placement={placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}")
+      raise ValueError(
+        f"placement={placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}"
+      )
     self.mixer, self.mlp = mixer, mlp
     self.mixer_norm, self.mlp_norm = norm(), norm()
     self.placement = placement
@@ -43,7 +56,9 @@ class Block(nnx.Module):
     """[B, T, D] -> [B, T, D] and the mixer's state; dropout only where a key is given."""
     keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     pre = self.placement == "pre_norm"
-    y, state = self.mixer(self.mixer_norm(x) if pre else x, state=state, segment_ids=segment_ids, positions=positions)
+    y, state = self.mixer(
+      self.mixer_norm(x) if pre else x, state=state, segment_ids=segment_ids, positions=positions
+    )
     x = x + dropout(y, self.dropout_rate, keys[0])
     x = x if pre else self.mixer_norm(x)
     y = self.mlp(self.mlp_norm(x) if pre else x)

@@ -13,19 +13,29 @@ from flax import nnx
 class Linear(nnx.Module):
   """y = x W + b, contracting the trailing axes of x.
 
-  The kernel declares its logical axes and how many of them are inputs; sharding, weight decay and Muon's matrix axes
-  follow from that.
+  The kernel declares its logical axes and how many of them are inputs; sharding, weight decay and
+  Muon's matrix axes follow from that.
 
   Args:
-    inputs: logical name -> size of the axes of x that are contracted, in order, such as {"embed": 512}.
+    inputs: logical name -> size of the axes of x that are contracted, in order, such as {"embed":
+      512}.
     outputs: the same for the axes of y, such as {"heads": 8, "head": 64}.
     bias: add a bias, zero at first.
-    rngs: gives the kernel, normal with standard deviation 1 / sqrt(inputs), so that y has the variance of x.
+    rngs: gives the kernel, normal with standard deviation 1 / sqrt(inputs), so that y has the
+      variance of x.
   Attributes:
-    flops_per_token: floating-point operations of one token in one layer, a multiply-add counted as two.
+    flops_per_token: floating-point operations of one token in one layer, a multiply-add counted as
+      two.
   """
 
-  def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str, int], *, bias: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+    *,
+    bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
     shape = (*inputs.values(), *outputs.values())
     std = math.prod(inputs.values()) ** -0.5
     kernel = std * jax.random.normal(rngs.params(), shape)

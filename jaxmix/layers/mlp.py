@@ -25,7 +25,9 @@ class DenseMLP(nnx.Module):
     bias: biases on both maps.
   """
 
-  def __init__(self, dim: int, hidden: int, *, activation: str = "gelu", bias: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self, dim: int, hidden: int, *, activation: str = "gelu", bias: bool = False, rngs: nnx.Rngs
+  ):
     self.activation = _activation(activation)
     self.up = Linear({"embed": dim}, {"mlp": hidden}, bias=bias, rngs=rngs)
     self.down = Linear({"mlp": hidden}, {"embed": dim}, bias=bias, rngs=rngs)
@@ -40,7 +42,8 @@ class DenseMLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-  """y = (act(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv 2002.05202; SwiGLU with activation="silu").
+  """y = (act(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv 2002.05202; SwiGLU with
+  activation="silu").
 
   Args:
     dim: model width D.   hidden: width between.
@@ -48,7 +51,9 @@ class GatedMLP(nnx.Module):
     bias: biases on the three maps.
   """
 
-  def __init__(self, dim: int, hidden: int, *, activation: str = "silu", bias: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self, dim: int, hidden: int, *, activation: str = "silu", bias: bool = False, rngs: nnx.Rngs
+  ):
     self.activation = _activation(activation)
     self.gate = Linear({"embed": dim}, {"mlp": hidden}, bias=bias, rngs=rngs)
     self.up = Linear({"embed": dim}, {"mlp": hidden}, bias=bias, rngs=rngs)

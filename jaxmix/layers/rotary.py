@@ -15,7 +15,8 @@ def rotary(x: jax.Array, positions: jax.Array, *, base: float = 10_000.0) -> jax
     base: wavelength of the slowest pair, in units of 2 pi tokens.
   Returns:
     [B, T, H, K] in the dtype of x; angles in float32.
-  Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2, with halves in place of neighbours as GPT-NeoX and Llama have it.
+  Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2, with halves in place of neighbours as
+    GPT-NeoX and Llama have it.
   """
   half = x.shape[-1] // 2
   frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -2,8 +2,8 @@
 
     S_t = S_{t-1} + phi(k_t) v_t^T        y_t = phi(q_t) S_t / (phi(q_t) . sum_s phi(k_s))
 
-Katharopoulos et al. 2020 (arXiv 2006.16236). Without the sum of weights, the output is kept in scale by an RMS norm
-over each head (Qin et al. 2022, arXiv 2210.10340, section 4).
+Katharopoulos et al. 2020 (arXiv 2006.16236). Without the sum of weights, the output is kept in
+scale by an RMS norm over each head (Qin et al. 2022, arXiv 2210.10340, section 4).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ class LinearAttention(nnx.Module):
     dim: model width D.
     heads: number of heads.
     key_dim, value_dim: channels of a head's keys and values; None means D / heads.
-    feature_map: phi: "elu_plus_one" (the paper's), "relu", "softmax" over the channels, or "identity".
-    normalizer: "sum" divides by the sum of weights (the paper's), "rms" normalises each head's output, "none" does nothing.
+    feature_map: phi: "elu_plus_one" (the paper's), "relu", "softmax" over the channels, or
+      "identity".
+    normalizer: "sum" divides by the sum of weights (the paper's), "rms" normalises each head's
+      output, "none" does nothing.
     bias: biases on the four maps.
     implementation: see `jaxmix.ops.linear_attention`.
   Raises:
@@ -56,19 +58,35 @@ class LinearAttention(nnx.Module):
   ):
     if dim % heads and None in (key_dim, value_dim):
       raise ValueError(
-        f"LinearAttention: dim={dim} is not a multiple of heads={heads}; try heads={math.gcd(dim, heads)} or set key_dim and value_dim"
+        f"LinearAttention: dim={dim} is not a multiple of heads={heads}; try "
+        f"heads={math.gcd(dim, heads)} or set key_dim and value_dim"
       )
     if feature_map not in FEATURE_MAPS:
-      raise ValueError(f"LinearAttention: feature_map={feature_map!r} is unknown; expected one of {', '.join(FEATURE_MAPS)}")
+      raise ValueError(
+        f"LinearAttention: feature_map={feature_map!r} is unknown; expected one of "
+        f"{', '.join(FEATURE_MAPS)}"
+      )
     if normalizer not in NORMALIZERS:
-      raise ValueError(f"LinearAttention: normalizer={normalizer!r} is unknown; expected one of {', '.join(NORMALIZERS)}")
+      raise ValueError(
+        f"LinearAttention: normalizer={normalizer!r} is unknown; expected one of "
+        f"{', '.join(NORMALIZERS)}"
+      )
     if normalizer == "sum" and feature_map == "identity":
-      raise ValueError('LinearAttention: normalizer="sum" divides by weights that feature_map="identity" lets be zero; use normalizer="rms"')
-    self.heads, self.key_dim, self.value_dim = heads, key_dim or dim // heads, value_dim or dim // heads
+      raise ValueError(
+        'LinearAttention: normalizer="sum" divides by weights that feature_map="identity" lets be '
+        'zero; use normalizer="rms"'
+      )
+    self.heads, self.key_dim, self.value_dim = (
+      heads,
+      key_dim or dim // heads,
+      value_dim or dim // heads,
+    )
     self.q = Linear({"embed": dim}, {"heads": heads, "key": self.key_dim}, bias=bias, rngs=rngs)
     self.k = Linear({"embed": dim}, {"heads": heads, "key": self.key_dim}, bias=bias, rngs=rngs)
     self.v = Linear({"embed": dim}, {"heads": heads, "value": self.value_dim}, bias=bias, rngs=rngs)
-    self.out = Linear({"heads": heads, "value": self.value_dim}, {"embed": dim}, bias=bias, rngs=rngs)
+    self.out = Linear(
+      {"heads": heads, "value": self.value_dim}, {"embed": dim}, bias=bias, rngs=rngs
+    )
     self.norm = RMSNorm(self.value_dim, axis="value") if normalizer == "rms" else None
     self.feature_map, self.normalizer = feature_map, normalizer
     self.implementation = implementation
@@ -78,7 +96,8 @@ class LinearAttention(nnx.Module):
 
     Args:
       x: [B, T, D].   state: from `init_state` or an earlier call; None means zeros.
-      segment_ids: [B, T] int32, 0 is padding.   positions: not used; the order of tokens is in the recurrence alone.
+      segment_ids: [B, T] int32, 0 is padding.   positions: not used; the order of tokens is in the
+        recurrence alone.
     Returns:
       y: [B, T, D] and the state.
     """
@@ -95,11 +114,15 @@ class LinearAttention(nnx.Module):
     return self.out(y if self.norm is None else self.norm(y)), state
 
   def init_state(self, batch_size: int, *, dtype=jnp.float32) -> jax.Array:
-    """Zeros [B, H, K, V], or [B, H, K, V + 1] with the sum of keys; float32 whatever `dtype`, the dtype of x."""
+    """Zeros [B, H, K, V], or [B, H, K, V + 1] with the sum of keys; float32 whatever `dtype`, the
+    dtype of x."""
     columns = self.value_dim + (self.normalizer == "sum")
-    return jnp.zeros((batch_size, self.heads, self.key_dim, columns), jnp.promote_types(dtype, jnp.float32))
+    return jnp.zeros(
+      (batch_size, self.heads, self.key_dim, columns), jnp.promote_types(dtype, jnp.float32)
+    )
 
   def flops(self, batch: int, length: int) -> int:
-    """Floating-point operations of a forward pass, a multiply-add counted as two: the recurrence, not the chunks."""
+    """Floating-point operations of a forward pass, a multiply-add counted as two: the recurrence,
+    not the chunks."""
     projections = sum(part.flops_per_token for part in (self.q, self.k, self.v, self.out))
     return batch * length * (projections + 4 * self.heads * self.key_dim * self.value_dim)

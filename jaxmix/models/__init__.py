@@ -3,4 +3,11 @@
 from jaxmix.models.decoder import REMAT_POLICIES, Decoder
 from jaxmix.models.parameters import Axes, abstract_parameters, init_parameters, parameter_shardings
 
-__all__ = ["REMAT_POLICIES", "Axes", "Decoder", "abstract_parameters", "init_parameters", "parameter_shardings"]
+__all__ = [
+  "REMAT_POLICIES",
+  "Axes",
+  "Decoder",
+  "abstract_parameters",
+  "init_parameters",
+  "parameter_shardings",
+]

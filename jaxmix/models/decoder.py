@@ -1,7 +1,7 @@
 """A causal language model over any pattern of mixers.
 
-The layers of one period of the pattern are one pytree; the periods are stacked along a leading axis and scanned, so
-that compile time does not grow with depth.
+The layers of one period of the pattern are one pytree; the periods are stacked along a leading axis
+and scanned, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxmix.layers import MLPS, NORMS, Block, Embedding, dropout
 from jaxmix.mixers import MIXERS
-from jaxmix.ops import document_positions
+from jaxmix.ops import document_positions, last_token
 from jaxmix.sharding import constrain
 
 # name -> what the backward pass finds saved of each period; everything else is computed again
@@ -29,18 +29,24 @@ class Decoder(nnx.Module):
   """Token embedding, a stack of residual blocks, a norm, and logits.
 
   Args:
-    vocab_size: tokens of the vocabulary.   dim: model width D.   depth: number of layers, a multiple of the pattern's length.
-    pattern: names of mixers, repeated over the depth, such as ("linear_attention", "linear_attention", "attention").
-    mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes `jaxmix.mixers.MIXERS` with
-      their defaults. Give `{"local": partial(Attention, window=128)}` to configure one.
-    mlp: "gated" or "dense".   mlp_dim: its hidden width; None means 4 D, or 8 D / 3 rounded up to 64 when gated.
+    vocab_size: tokens of the vocabulary.   dim: model width D.   depth: number of layers, a
+      multiple of the pattern's length.
+    pattern: names of mixers, repeated over the depth, such as ("linear_attention",
+      "linear_attention", "attention").
+    mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes
+      `jaxmix.mixers.MIXERS` with their defaults. Give `{"local": partial(Attention, window=128)}`
+      to configure one.
+    mlp: "gated" or "dense".   mlp_dim: its hidden width; None means 4 D, or 8 D / 3 rounded up to
+      64 when gated.
     activation: of the MLP; None means "silu" when gated and "gelu" when dense.
     norm: "rms" or "layer".   placement: "pre_norm" or "post_norm".
     bias: biases in the MLPs (mixers have their own setting).
     tied_embeddings: the logits read the table of the token embedding.
-    learned_positions: vectors in a table of learned positions, added to the tokens; None means no table.
+    learned_positions: vectors in a table of learned positions, added to the tokens; None means no
+      table.
     dropout_rate: of the embedded tokens and of each branch.
-    remat: what is saved for the backward pass: "none" (all is), "dots" (results of weight matmuls), "full" (only the inputs of each period).
+    remat: what is saved for the backward pass: "none" (all is), "dots" (results of weight matmuls),
+      "full" (only the inputs of each period).
     dtype: of the activations, "float32" or "bfloat16"; parameters are float32.
     rngs: gives the initial parameters.
   Raises:
@@ -77,9 +83,14 @@ class Decoder(nnx.Module):
       ("dtype", dtype, ("float32", "bfloat16")),
     ):
       if value not in known:
-        raise ValueError(f"Decoder: {name} names {value!r}, which is unknown; expected one of {', '.join(known)}")
+        raise ValueError(
+          f"Decoder: {name} names {value!r}, which is unknown; expected one of {', '.join(known)}"
+        )
     if not pattern or depth < 1 or depth % len(pattern):
-      raise ValueError(f"Decoder: depth={depth} does not hold the pattern of {len(pattern)} mixers a whole number of times; change one of them")
+      raise ValueError(
+        f"Decoder: depth={depth} does not hold the pattern of {len(pattern)} mixers a whole "
+        "number of times; change one of them"
+      )
     if not 0 <= dropout_rate < 1:
       raise ValueError(f"Decoder: dropout_rate={dropout_rate}, expected at least 0 and below 1")
     mlp_dim = mlp_dim or (-(-8 * dim // 3 // 64) * 64 if mlp == "gated" else 4 * dim)
@@ -101,7 +112,9 @@ class Decoder(nnx.Module):
       )
 
     self.embedding = Embedding(vocab_size, dim, rngs=rngs)
-    self.position_embedding = Embedding(learned_positions, dim, axis="position", rngs=rngs) if learned_positions else None
+    self.position_embedding = (
+      Embedding(learned_positions, dim, axis="position", rngs=rngs) if learned_positions else None
+    )
     self.layers = jax.vmap(make_period)(jax.random.split(rngs.params(), depth // len(pattern)))
     for parameter in jax.tree.leaves(self.layers, is_leaf=lambda x: isinstance(x, nnx.Param)):
       parameter.set_metadata(axes=("layers", *parameter.get_metadata()["axes"]))
@@ -114,15 +127,19 @@ class Decoder(nnx.Module):
     """Logits of the next token.
 
     Args:
-      tokens: [B, T] int32.   state: from `init_state` or an earlier call; None means the start of a document.
-      segment_ids: [B, T] int32, 0 is padding; None means one document a row.   positions: [B, T] int32; None counts them.
+      tokens: [B, T] int32.   state: from `init_state` or an earlier call; None means the start of a
+        document.
+      segment_ids: [B, T] int32, 0 is padding; None means one document a row.   positions: [B, T]
+        int32; None counts them.
     Returns:
       logits [B, T, vocab_size] float32 and the state.
     """
     x, state = self.features(tokens, state=state, segment_ids=segment_ids, positions=positions)
     return self.logits(x), state
 
-  def features(self, tokens: jax.Array, *, state=None, segment_ids=None, positions=None, dropout_key=None):
+  def features(
+    self, tokens: jax.Array, *, state=None, segment_ids=None, positions=None, dropout_key=None
+  ):
     """What the logits are read from: [B, T] -> [B, T, D] in `dtype`, and the state.
 
     Args:
@@ -130,48 +147,45 @@ class Decoder(nnx.Module):
       The rest: see `__call__`.
     """
     ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-    started = state  # None keeps the mixers on their path for whole rows
-    if state is None:
-      first, last_id = jnp.zeros(tokens.shape[0], jnp.int32), jnp.zeros(tokens.shape[0], jnp.int32)
-    else:
-      started, first = self._leave_document(state, ids)
-      last_id = state["segment_id"]
+    # A missing state stays None for the mixers, which keeps them on their path for whole rows.
+    layer_states, last_id, first = self._resume(state, ids)
     counted = document_positions(ids, first)
     positions = counted if positions is None else positions
+    embedding_key, layer_keys = None, None
+    if dropout_key is not None:
+      embedding_key, *layer_keys = jax.random.split(dropout_key, 1 + self._periods)
+      layer_keys = jnp.stack(layer_keys)
 
-    keys = None if dropout_key is None else jax.random.split(dropout_key, 1 + self.depth // len(self.pattern))
     x = self.embedding(tokens, jnp.dtype(self.dtype))
     if self.position_embedding is not None:
       x = x + self.position_embedding(positions, x.dtype)
-    x = dropout(x, self.dropout_rate, None if keys is None else keys[0])
+    x = dropout(x, self.dropout_rate, embedding_key)
     x = constrain(x, "batch", "length", None)
 
     def apply_period(x, period):
       blocks, states, key = period
       after = {}
-      for index, (name, block) in enumerate(sorted(blocks.items(), key=lambda item: int(item[0].split("_")[0]))):
-        block_key = None if key is None else jax.random.fold_in(key, index)
-        block_state = None if states is None else states[name]
-        x, after[name] = block(x, state=block_state, segment_ids=segment_ids, positions=positions, dropout_key=block_key)
+      for index, name in enumerate(self._block_names):
+        x, after[name] = blocks[name](
+          x,
+          state=None if states is None else states[name],
+          segment_ids=segment_ids,
+          positions=positions,
+          dropout_key=None if key is None else jax.random.fold_in(key, index),
+        )
         x = constrain(x, "batch", "length", None)
       return x, after
 
     if self.remat != "none":
-      apply_period = jax.checkpoint(apply_period, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    states = None if started is None else started["layers"]
-    x, states = jax.lax.scan(apply_period, x, (self.layers, states, None if keys is None else keys[1:]))
-    x = x if self.final_norm is None else self.final_norm(x)
-
-    live = ids != 0
-    newest = jnp.max(jnp.where(live, jnp.arange(ids.shape[1]), -1), axis=1, initial=-1)
-    any_live = newest >= 0
-    at_newest = lambda z: jnp.take_along_axis(z, jnp.maximum(newest, 0)[:, None], axis=1)[:, 0] if z.shape[1] else z.sum(1)  # noqa: E731
+      policy = REMAT_POLICIES[self.remat]
+      apply_period = jax.checkpoint(apply_period, policy=policy, prevent_cse=False)
+    x, layer_states = jax.lax.scan(apply_period, x, (self.layers, layer_states, layer_keys))
     state = {
-      "layers": states,
-      "segment_id": jnp.where(any_live, at_newest(ids), last_id),
-      "position": jnp.where(any_live, at_newest(counted) + 1, first),
+      "layers": layer_states,
+      "segment_id": last_token(ids, ids, last_id),
+      "position": last_token(ids, counted + 1, first),
     }
-    return x, state
+    return x if self.final_norm is None else self.final_norm(x), state
 
   @property
   def output_table(self) -> jax.Array:
@@ -180,19 +194,22 @@ class Decoder(nnx.Module):
 
   def logits(self, features: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, vocab_size] float32."""
-    return jnp.einsum("btd,vd->btv", features, self.output_table.astype(features.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+      "btd,vd->btv",
+      features,
+      self.output_table.astype(features.dtype),
+      preferred_element_type=jnp.float32,
+    )
 
   def init_state(self, batch_size: int) -> dict:
-    """The state before the first token: every mixer's, stacked over the periods, with the document and position reached."""
-    periods = self.depth // len(self.pattern)
+    """The state before the first token: the mixers' and the document and position reached."""
 
-    def stack(block: Block):
-      return block.mixer.init_state(batch_size, dtype=jnp.dtype(self.dtype))
+    def stacked(block: Block):
+      state = block.mixer.init_state(batch_size, dtype=jnp.dtype(self.dtype))
+      return jax.tree.map(lambda x: jnp.broadcast_to(x, (self._periods, *x.shape)), state)
 
     return {
-      "layers": {
-        name: jax.tree.map(lambda x: jnp.broadcast_to(x, (periods, *x.shape)), stack(block)) for name, block in self.layers.items()
-      },
+      "layers": {name: stacked(block) for name, block in self.layers.items()},
       "segment_id": jnp.zeros(batch_size, jnp.int32),
       "position": jnp.zeros(batch_size, jnp.int32),
     }
@@ -200,19 +217,31 @@ class Decoder(nnx.Module):
   def flops(self, batch: int, length: int) -> int:
     """Floating-point operations of a forward pass with logits, a multiply-add counted as two."""
     period = sum(block.flops(batch, length) for block in self.layers.values())
-    return self.depth // len(self.pattern) * period + 2 * batch * length * self.dim * self.vocab_size
+    return self._periods * period + 2 * batch * length * self.dim * self.vocab_size
 
-  def _leave_document(self, state: dict, ids: jax.Array) -> tuple[dict, jax.Array]:
-    """Clears a row's state where the call begins with another document; returns it with the first position."""
+  @property
+  def _periods(self) -> int:
+    return self.depth // len(self.pattern)
+
+  @property
+  def _block_names(self) -> list[str]:
+    return [f"{index}_{name}" for index, name in enumerate(self.pattern)]
+
+  def _resume(self, state: dict | None, ids: jax.Array):
+    """States of the layers, the document they belong to and the position it has reached.
+
+    Where a call begins with another document than the last one ended with, a row starts afresh.
+    """
     batch = ids.shape[0]
-    if ids.shape[1] == 0:
-      return state, state["position"]
-    first_id = jnp.take_along_axis(ids, jnp.argmax(ids != 0, axis=1)[:, None], axis=1)[:, 0]
-    leaves = (first_id != 0) & (state["segment_id"] != 0) & (first_id != state["segment_id"])
-    empty = self.init_state(batch)
+    nothing = jnp.zeros(batch, jnp.int32)
+    if state is None:
+      return None, nothing, nothing
+    last_id = state["segment_id"]
+    first_id = last_token(ids[:, ::-1], ids[:, ::-1], nothing)
+    leaves = (first_id != 0) & (last_id != 0) & (first_id != last_id)
 
-    def clear(now, start):  # [periods, B, ...]
-      return jnp.where(leaves.reshape(1, batch, *(1,) * (now.ndim - 2)), start, now)
+    def clear(now, empty):  # [periods, B, ...]
+      return jnp.where(leaves.reshape(1, batch, *(1,) * (now.ndim - 2)), empty, now)
 
-    layers = jax.tree.map(clear, state["layers"], empty["layers"])
-    return {**state, "layers": layers}, jnp.where(leaves, 0, state["position"])
+    layers = jax.tree.map(clear, state["layers"], self.init_state(batch)["layers"])
+    return layers, last_id, jnp.where(leaves, 0, state["position"])

@@ -18,7 +18,8 @@ class Axes:
 
   Attributes:
     names: one name an array axis, such as ("layers", "embed", "heads", "head").
-    inputs: how many axes a linear map contracts, counted after "layers"; None where the parameter is not a linear map.
+    inputs: how many axes a linear map contracts, counted after "layers"; None where the parameter
+      is not a linear map.
   """
 
   names: tuple[str, ...]
@@ -42,7 +43,9 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
   """
   graph, state = nnx.split(jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=0))))
   axes = jax.tree.map(
-    lambda parameter: Axes(tuple(parameter.get_metadata()["axes"]), parameter.get_metadata().get("inputs")),
+    lambda parameter: Axes(
+      tuple(parameter.get_metadata()["axes"]), parameter.get_metadata().get("inputs")
+    ),
     state,
     is_leaf=lambda x: isinstance(x, nnx.Variable),
   )
@@ -50,10 +53,15 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
 
 
 def init_parameters(model: Callable[..., nnx.Module], key: jax.Array) -> dict:
-  """The initial parameters of a model, a nested dict of arrays; trace it under jit to make them where they are to lie."""
+  """The initial parameters of a model, a nested dict of arrays; trace it under jit to make them
+  where they are to lie."""
   return nnx.to_pure_dict(nnx.state(model(rngs=nnx.Rngs(params=key))))
 
 
 def parameter_shardings(parameters: dict, axes: dict, mesh: Mesh) -> dict:
   """The sharding of each parameter on a mesh, by the tables of jaxmix.sharding."""
-  return jax.tree.map(lambda parameter, axis: sharding.named_sharding(axis.names, parameter.shape, mesh), parameters, axes)
+  return jax.tree.map(
+    lambda parameter, axis: sharding.named_sharding(axis.names, parameter.shape, mesh),
+    parameters,
+    axes,
+  )

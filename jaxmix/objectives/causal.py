@@ -13,14 +13,19 @@ _CHUNK_BYTES = 2**26  # float32 logits that one device holds at a time
 
 
 def cross_entropy(
-  features: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, *, chunk_length: int | None = None
+  features: jax.Array,
+  table: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  chunk_length: int | None = None,
 ) -> jax.Array:
   """Summed cross-entropy of the targets under softmax(features table^T).
 
       sum_bt weights_bt * (logsumexp_v(x_bt . w_v) - x_bt . w_target)
 
-  Logits are made for `chunk_length` positions at a time. Their gradient is formed in the same pass while they are at
-  hand, so nothing of size vocabulary is kept or computed twice.
+  Logits are made for `chunk_length` positions at a time. Their gradient is formed in the same pass
+  while they are at hand, so nothing of size vocabulary is kept or computed twice.
 
   Args:
     features: [B, T, D], float32 or bfloat16.   table: [V, D] float32.
@@ -31,27 +36,38 @@ def cross_entropy(
   """
   batch, length, _ = features.shape
   if targets.shape != (batch, length) or weights.shape != (batch, length):
-    raise ValueError(f"cross_entropy: targets {targets.shape} and weights {weights.shape}, expected both {(batch, length)} as in features")
+    raise ValueError(
+      f"cross_entropy: targets {targets.shape} and weights {weights.shape}, expected both "
+      f"{(batch, length)} as in features"
+    )
   if chunk_length is None:
     row_bytes = 4 * batch * table.shape[0] // sharding.ways("batch")
     chunk_length = max(1, _CHUNK_BYTES // max(row_bytes, 1))
   return _summed(features, table, targets, weights, max(1, min(chunk_length, length)))
 
 
-def causal_loss(model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def causal_loss(
+  model, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Summed next-token loss of a batch and the weight it was summed over.
 
   Args:
     model: a `jaxmix.models.Decoder`.
-    batch: inputs, targets [B, T] int32, weights [B, T] float32, and for packed rows segment_ids, positions [B, T] int32.
+    batch: inputs, targets [B, T] int32, weights [B, T] float32, and for packed rows segment_ids,
+      positions [B, T] int32.
     dropout_key: None means no dropout.
   Returns:
     Sum over targets in nats, and the sum of the weights; both float32 scalars.
   """
   features, _ = model.features(
-    batch["inputs"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"), dropout_key=dropout_key
+    batch["inputs"],
+    segment_ids=batch.get("segment_ids"),
+    positions=batch.get("positions"),
+    dropout_key=dropout_key,
   )
-  return cross_entropy(features, model.output_table, batch["targets"], batch["weights"]), batch["weights"].sum()
+  return cross_entropy(features, model.output_table, batch["targets"], batch["weights"]), batch[
+    "weights"
+  ].sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -62,7 +78,9 @@ def _summed(features, table, targets, weights, chunk_length):
     logits, lse = _logits(chunk[0], table)
     return total + jnp.sum(chunk[2] * (lse - _at_target(logits, chunk[1]))), None
 
-  return jax.lax.scan(step, jnp.zeros((), jnp.float32), _chunks(chunk_length, features, targets, weights))[0]
+  return jax.lax.scan(
+    step, jnp.zeros((), jnp.float32), _chunks(chunk_length, features, targets, weights)
+  )[0]
 
 
 def _summed_forward(features, table, targets, weights, chunk_length):
@@ -75,13 +93,17 @@ def _summed_forward(features, table, targets, weights, chunk_length):
     total = total + jnp.sum(weight * (lse - _at_target(logits, target)))
     hit = jnp.arange(table.shape[0]) == target[..., None]
     dlogits = (weight[..., None] * (jnp.exp(logits - lse[..., None]) - hit)).astype(x.dtype)
-    dx = jnp.einsum("btv,vd->btd", dlogits, cast, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = jnp.einsum("btv,vd->btd", dlogits, cast, preferred_element_type=jnp.float32).astype(
+      x.dtype
+    )
     dtable = dtable + jnp.einsum("btv,btd->vd", dlogits, x, preferred_element_type=jnp.float32)
     return (total, dtable), dx
 
   start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
   (total, dtable), dx = jax.lax.scan(step, start, _chunks(chunk_length, features, targets, weights))
-  dx = jnp.moveaxis(dx, 0, 1).reshape(features.shape[0], -1, features.shape[2])[:, : features.shape[1]]
+  dx = jnp.moveaxis(dx, 0, 1).reshape(features.shape[0], -1, features.shape[2])[
+    :, : features.shape[1]
+  ]
   return total, (dx, dtable.astype(table.dtype), weights)
 
 
@@ -110,5 +132,6 @@ def _logits(x, table):
 
 
 def _at_target(logits, target):
-  # A masked sum rather than a gather, so that a vocabulary cut over devices needs no gather across them.
+  # A masked sum rather than a gather, so that a vocabulary cut over devices needs no gather across
+  # them.
   return jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0), axis=-1)

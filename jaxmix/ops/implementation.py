@@ -1,7 +1,8 @@
-"""Which implementation of an op a program gets: chosen when the program is lowered, and explained on request.
+"""Which implementation of an op a program gets: chosen when the program is lowered, and explained
+on request.
 
-`implementation=None` leaves the choice to `jax.lax.platform_dependent`, so a CPU host that compiles for a pod gets the
-pod's kernels. A name is a demand: it raises where it cannot be met.
+`implementation=None` leaves the choice to `jax.lax.platform_dependent`, so a CPU host that compiles
+for a pod gets the pod's kernels. A name is a demand: it raises where it cannot be met.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ def run(
   functions: Mapping[str, Callable],
   refusals: Mapping[str, str],
 ):
-  """Calls one of `functions` on `arrays`, or lets the platform that the program is lowered for choose.
+  """Calls one of `functions` on `arrays`, or lets the platform that the program is lowered for
+  choose.
 
   Args:
     op: name of the op, for messages.
     implementation: None or one of IMPLEMENTATIONS.
     arrays: positional arguments of the functions.
     functions: implementation -> function; "reference" and "xla" always stand in it.
-    refusals: implementation -> why it cannot run this call. A kernel that neither has a function nor a reason does not exist yet.
+    refusals: implementation -> why it cannot run this call. A kernel that neither has a function
+      nor a reason does not exist yet.
   Raises:
     ValueError: the name is unknown, or the implementation refuses this call.
   """
@@ -47,17 +50,25 @@ def run(
     branches = {_PLATFORMS[name]: function for name, function in kernels.items()}
     return jax.lax.platform_dependent(*arrays, default=functions["xla"], **branches)
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"{op}: implementation={implementation!r} is unknown; expected None or one of {', '.join(IMPLEMENTATIONS)}")
+    raise ValueError(
+      f"{op}: implementation={implementation!r} is unknown; expected None or one of "
+      f"{', '.join(IMPLEMENTATIONS)}"
+    )
   if implementation in refusals:
-    raise ValueError(f'{op}: implementation="{implementation}" cannot run this call: {refusals[implementation]}; use implementation="xla"')
+    raise ValueError(
+      f'{op}: implementation="{implementation}" cannot run this call: {refusals[implementation]}; '
+      'use implementation="xla"'
+    )
   return functions[implementation](*arrays)
 
 
 def explain_implementation(function: Callable, *args) -> list[str]:
-  """Says which implementation each op inside `function` gets on each platform, and why not a kernel where it gets none.
+  """Says which implementation each op inside `function` gets on each platform, and why not a kernel
+  where it gets none.
 
   Args:
-    function: any function of arrays that calls ops with `implementation=None`; it is traced, not run.
+    function: any function of arrays that calls ops with `implementation=None`; it is traced, not
+      run.
     args: its arguments: arrays or jax.ShapeDtypeStruct.
   Returns:
     One line an op and outcome, in order of first use, such as
@@ -66,7 +77,9 @@ def explain_implementation(function: Callable, *args) -> list[str]:
   with contextlib.ExitStack() as stack:
     lines: list[str] = []
     stack.callback(_record.reset, _record.set(lines))
-    jax.eval_shape(lambda *args: function(*args), *args)  # a fresh function, so that nothing is answered from a cache
+    jax.eval_shape(
+      lambda *args: function(*args), *args
+    )  # a fresh function, so that nothing is answered from a cache
   return list(dict.fromkeys(lines))
 
 

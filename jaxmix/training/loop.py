@@ -1,4 +1,5 @@
-"""Training, top to bottom: everything a run needs is an argument, everything it makes is in its work directory."""
+"""Training, top to bottom: everything a run needs is an argument, everything it makes is in its
+work directory."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ from jaxmix.ops import explain_implementation
 from jaxmix.sharding import make_mesh, put_batch
 from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.interruption import Interruption
-from jaxmix.training.metrics import MetricsWriter, NonFiniteLoss, StepTimer, batch_fingerprint, peak_flops
+from jaxmix.training.metrics import (
+  MetricsWriter,
+  NonFiniteLoss,
+  StepTimer,
+  batch_fingerprint,
+  peak_flops,
+)
 from jaxmix.training.plots import plot_losses
 from jaxmix.training.step import TrainStep
 
@@ -65,13 +72,16 @@ def train(
 ) -> Result:
   """Trains a model, or goes on with the run that `workdir` holds.
 
-  Writes to `workdir`: checkpoints/, metrics.jsonl, loss.png, config.gin and, if asked, tensorboard/.
+  Writes to `workdir`: checkpoints/, metrics.jsonl, loss.png, config.gin and, if asked,
+  tensorboard/.
 
   Args:
-    workdir: folder of the run; made if absent. A run that it holds is continued from its newest checkpoint.
+    workdir: folder of the run; made if absent. A run that it holds is continued from its newest
+      checkpoint.
     model: factory `(vocab_size, *, rngs) -> nnx.Module`.
     data: gives training batches and the validation split.
-    optimizer: factory `(axes) -> optax.GradientTransformation`, such as `jaxmix.training.adamw` with its settings.
+    optimizer: factory `(axes) -> optax.GradientTransformation`, such as `jaxmix.training.adamw`
+      with its settings.
     steps: optimizer steps of the whole run.
     batch_size: rows of a step, over all devices and hosts.
     mesh: factory of the mesh, such as `jaxmix.sharding.make_mesh` with its sizes.
@@ -82,7 +92,8 @@ def train(
     log_every: steps between lines of metrics; losses are checked for NaN as often.
     evaluate_every: steps between evaluations on the validation split; 0 means only at the end.
     evaluation_batches: batches of the validation split that are used; None means all.
-    checkpoint_every: steps between checkpoints; one is also written at each evaluation and at the end.
+    checkpoint_every: steps between checkpoints; one is also written at each evaluation and at the
+      end.
     keep, keep_best: newest checkpoints, and best by validation loss, that are kept.
     tensorboard: also write TensorBoard events.
     config: text of the configuration, kept beside each checkpoint.
@@ -92,7 +103,9 @@ def train(
     NonFiniteLoss: a loss was NaN or infinite; nothing was saved since the last good checkpoint.
     CheckpointMismatch, ValueError: the checkpoint or the data are not of this configuration.
   """
-  _check_counts(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every)
+  _check_counts(
+    steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every
+  )
 
   # ---------------------------------------------------------------- devices
   folder = pathlib.Path(workdir)
@@ -107,10 +120,19 @@ def train(
 
     # -------------------------------------------------------------- model and optimizer
     model = functools.partial(model, data.vocab_size)
-    step_program = TrainStep(model, optimizer, mesh=mesh, objective=objective, microbatches=microbatches, ema_decay=ema_decay)
+    step_program = TrainStep(
+      model,
+      optimizer,
+      mesh=mesh,
+      objective=objective,
+      microbatches=microbatches,
+      ema_decay=ema_decay,
+    )
     evaluator = Evaluator(step_program.graph, mesh=mesh, objective=objective)
     parameters = sum(x.size for x in jax.tree.leaves(step_program.parameters))
-    flops = 3 * nnx.merge(step_program.graph, step_program.parameters).flops(batch_size, data.length)  # backward is twice forward
+    flops = 3 * nnx.merge(step_program.graph, step_program.parameters).flops(
+      batch_size, data.length
+    )  # backward is twice forward
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
@@ -122,28 +144,50 @@ def train(
       state = step_program.init(seed)
     if primary:
       (folder / "config.gin").write_text(config)
-    metrics = MetricsWriter(folder, total_steps=steps, start_step=start, tensorboard=tensorboard, primary=primary)
-    chips = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    metrics.note(f"{parameters:,} parameters on {chips} ({mesh.devices.flat[0].device_kind}); {data.targets('train'):,} targets in the training split")
+    metrics = MetricsWriter(
+      folder, total_steps=steps, start_step=start, tensorboard=tensorboard, primary=primary
+    )
+    chips = (
+      ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    )
+    metrics.note(
+      f"{parameters:,} parameters on {chips} ({mesh.devices.flat[0].device_kind}); "
+      f"{data.targets('train'):,} targets in the training split"
+    )
     if start:
       metrics.note(f"continuing {folder} from step {start}")
 
     # -------------------------------------------------------------- loop
     peak = peak_flops(mesh.devices.flat[0])
-    timer = StepTimer(tokens_per_step=batch_size * data.length, flops_per_step=flops, peak_flops=peak and peak * mesh.size)
-    unread = collections.deque()  # (step, batch, results) of steps whose results were not fetched yet
+    timer = StepTimer(
+      tokens_per_step=batch_size * data.length,
+      flops_per_step=flops,
+      peak_flops=peak and peak * mesh.size,
+    )
+    unread = (
+      collections.deque()
+    )  # (step, batch, results) of steps whose results were not fetched yet
     validation = None
     saved = start
 
     def read_results() -> dict[str, float]:
-      """Waits for the steps since the last call, raises if a loss was not finite, and averages them."""
+      """Waits for the steps since the last call, raises if a loss was not finite, and averages
+      them."""
       fetched = jax.device_get([results for _, _, results in unread])
       for (at, batch, _), results in zip(unread, fetched, strict=True):
         if not math.isfinite(results["loss"]) or not math.isfinite(results["gradient_norm"]):
           good = str(folder / "checkpoints" / str(saved)) if saved else None
-          raise NonFiniteLoss(step=at, loss=float(results["loss"]), fingerprint=batch_fingerprint(batch), checkpoint=good)
+          raise NonFiniteLoss(
+            step=at,
+            loss=float(results["loss"]),
+            fingerprint=batch_fingerprint(batch),
+            checkpoint=good,
+          )
       unread.clear()
-      return {name: float(sum(results[name] for results in fetched)) / len(fetched) for name in ("loss", "gradient_norm")}
+      return {
+        name: float(sum(results[name] for results in fetched)) / len(fetched)
+        for name in ("loss", "gradient_norm")
+      }
 
     def save(step: int) -> None:
       loss = validation["loss"] if validation and validation["step"] == step else None
@@ -154,7 +198,9 @@ def train(
         with timer.waiting_for_data():
           batch = next(batches)
         if step == start + 1:
-          for line in explain_implementation(objective, nnx.merge(step_program.graph, state["params"]), batch):
+          for line in explain_implementation(
+            objective, nnx.merge(step_program.graph, state["params"]), batch
+          ):
             metrics.note(line)
         state, results = step_program.update(state, put_batch(batch, mesh))
         unread.append((step, batch, results))
@@ -166,13 +212,26 @@ def train(
         if step % log_every == 0 or step == start + 1 or saving:
           values = read_results()
           bits = values["loss"] / math.log(2) / bytes_per_target["train"]
-          metrics.write(step, {**values, "perplexity": perplexity(values["loss"]), "bits_per_byte": bits, **timer.read()})
+          metrics.write(
+            step,
+            {
+              **values,
+              "perplexity": perplexity(values["loss"]),
+              "bits_per_byte": bits,
+              **timer.read(),
+            },
+          )
         with timer.excluded():
           if evaluating and not interruption.requested:
             split = data.epoch("validation", batch_size=batch_size, shard=hosts)
-            held_out = [batch for _, batch in zip(range(evaluation_batches or 2**62), split, strict=False)]
+            held_out = [
+              batch for _, batch in zip(range(evaluation_batches or 2**62), split, strict=False)
+            ]
             params = state.get("ema", state["params"])
-            validation = {"step": step, **evaluator.run(params, held_out, bytes_per_target=bytes_per_target["validation"])}
+            validation = {
+              "step": step,
+              **evaluator.run(params, held_out, bytes_per_target=bytes_per_target["validation"]),
+            }
             metrics.write(step, validation, split="validation")
             if primary:
               plot_losses(folder)

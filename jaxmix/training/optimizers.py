@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, all optax.
 
-An optimizer here is a function of the parameters' axes: which parameters decay, and along which axes a stacked weight
-is a matrix, is read from where each parameter was declared.
+An optimizer here is a function of the parameters' axes: which parameters decay, and along which
+axes a stacked weight is a matrix, is read from where each parameter was declared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def warmup_stable_decay(
   decay_steps: int = 0,
   final_fraction: float = 0.0,
 ) -> Schedule:
-  """Linear warm-up to `peak`, constant, then linear down to `final_fraction * peak` over the last `decay_steps` of `steps`.
+  """Linear warm-up to `peak`, constant, then linear down to `final_fraction * peak` over the last
+  `decay_steps` of `steps`.
 
   Source: Hu et al. 2024 (arXiv 2404.06395), section 4.
   """
@@ -67,8 +68,10 @@ def adamw(
   Args:
     axes: from `jaxmix.models.abstract_parameters`.
     learning_rate: a number, or a schedule of the step.
-    b1, b2, eps: of Adam.   weight_decay: times the learning rate.   clip_norm: of the whole gradient; None means no clipping.
-  Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); defaults of Brown et al. 2020 (arXiv 2005.14165), appendix B.
+    b1, b2, eps: of Adam.   weight_decay: times the learning rate.   clip_norm: of the whole
+      gradient; None means no clipping.
+  Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); defaults of Brown et al. 2020 (arXiv
+    2005.14165), appendix B.
   """
   decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
   return optax.chain(
@@ -87,15 +90,18 @@ def muon(
   weight_decay: float = 0.1,
   clip_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Muon on every linear map of the stack, AdamW on tables, norms and biases, under one learning rate.
+  """Muon on every linear map of the stack, AdamW on tables, norms and biases, under one learning
+  rate.
 
-  A weight is orthogonalised as the matrix (its input axes) x (its output axes), each layer of a stack apart, and its
-  update has the size of AdamW's (0.2 sqrt(max(fan in, fan out)) times an orthogonal matrix).
+  A weight is orthogonalised as the matrix (its input axes) x (its output axes), each layer of a
+  stack apart, and its update has the size of AdamW's (0.2 sqrt(max(fan in, fan out)) times an
+  orthogonal matrix).
 
   Args:
     axes: from `jaxmix.models.abstract_parameters`.
     learning_rate: a number, or a schedule of the step.
-    momentum: of Muon.   b1, b2: of Adam.   weight_decay: of matrices, times the learning rate.   clip_norm: None means no clipping.
+    momentum: of Muon.   b1, b2: of Adam.   weight_decay: of matrices, times the learning
+      rate.   clip_norm: None means no clipping.
   Source: Jordan et al. 2024, Muon; Liu et al. 2025 (arXiv 2502.16982) for the scale.
   """
   decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
@@ -114,7 +120,8 @@ def muon(
 
 
 def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
-  """Which array axes of a parameter are the rows and the columns of its matrix; None where it is not a linear map."""
+  """Which array axes of a parameter are the rows and the columns of its matrix; None where it is
+  not a linear map."""
   if axes.inputs is None:
     return None
   first = int(axes.names[0] == "layers")
@@ -131,5 +138,6 @@ def _clip(norm: float | None) -> optax.GradientTransformation:
 def _check_schedule(name: str, peak: float, steps: int, ramps: int) -> None:
   if peak <= 0 or steps < 1 or ramps > steps:
     raise ValueError(
-      f"{name}: peak={peak}, steps={steps}, {ramps} steps of ramps — peak must be above 0 and the ramps must fit into steps"
+      f"{name}: peak={peak}, steps={steps}, {ramps} steps of ramps — peak must be above 0 and the "
+      "ramps must fit into steps"
     )

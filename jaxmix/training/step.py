@@ -1,7 +1,7 @@
 """The training step: a pure function of the train state and a batch.
 
-The train state is a plain dict: "params" (float32), "opt_state", "step" (int32), "rng" (key data, uint32) and, with an
-exponential moving average, "ema".
+The train state is a plain dict: "params" (float32), "opt_state", "step" (int32), "rng" (key data,
+uint32) and, with an exponential moving average, "ema".
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class TrainStep:
     model: factory `(*, rngs) -> nnx.Module`.
     optimizer: factory `(axes) -> optax.GradientTransformation`.
     objective: `(model, batch, dropout_key) -> (summed loss in nats, sum of weights)`.
-    microbatches: parts that a batch is worked through in, one after the other; the result does not depend on it but for rounding.
+    microbatches: parts that a batch is worked through in, one after the other; the result does not
+      depend on it but for rounding.
     ema_decay: of an average of the parameters over the steps; None means none.
     mesh: where it runs.
   """
@@ -64,7 +65,8 @@ class TrainStep:
     return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
 
   def abstract_state(self) -> dict:
-    """The train state as jax.ShapeDtypeStruct with shardings: what a checkpoint must hold, what compiles ahead."""
+    """The train state as jax.ShapeDtypeStruct with shardings: what a checkpoint must hold, what
+    compiles ahead."""
     shapes = jax.eval_shape(self._init, jax.random.key(0))
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
@@ -84,9 +86,12 @@ class TrainStep:
   def _state_shardings(self) -> dict:
     whole = NamedSharding(self.mesh, PartitionSpec())
     params = parameter_shardings(self.parameters, self.axes, self.mesh)
-    # Moments are copies of the parameter tree somewhere inside the optimizer's state: a leaf whose path ends like that
-    # of a parameter of its shape lies where the parameter lies.
-    places = {path: (leaf.shape, place) for (path, leaf), place in zip(_paths(self.parameters), jax.tree.leaves(params), strict=True)}
+    # Moments are copies of the parameter tree somewhere inside the optimizer's state: a leaf whose
+    # path ends like that of a parameter of its shape lies where the parameter lies.
+    places = {
+      path: (leaf.shape, place)
+      for (path, leaf), place in zip(_paths(self.parameters), jax.tree.leaves(params), strict=True)
+    }
 
     def place(path, leaf):
       for start in range(len(path)):
@@ -95,12 +100,15 @@ class TrainStep:
           return sharding
       return whole
 
-    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.transformation.init, self.parameters))
+    opt_state = jax.tree_util.tree_map_with_path(
+      place, jax.eval_shape(self.transformation.init, self.parameters)
+    )
     shardings = {"params": params, "opt_state": opt_state, "step": whole, "rng": whole}
     return shardings if self.ema_decay is None else {**shardings, "ema": params}
 
   def _update(self, state: dict, batch: dict) -> tuple[dict, dict]:
-    """One step: (state, batch of arrays [B, ...]) -> (state, metrics); call it as `update`, under `jax.set_mesh`."""
+    """One step: (state, batch of arrays [B, ...]) -> (state, metrics); call it as `update`, under
+    `jax.set_mesh`."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
 
     def loss(params, part, key):
@@ -129,7 +137,8 @@ class TrainStep:
     rows = next(iter(batch.values())).shape[0]
     if rows % self.microbatches:
       raise ValueError(
-        f"batch of {rows} rows does not split into microbatches={self.microbatches}; make one a multiple of the other"
+        f"batch of {rows} rows does not split into microbatches={self.microbatches}; make one a "
+        "multiple of the other"
       )
 
     def split(

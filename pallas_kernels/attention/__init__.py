@@ -1,1 +1,2 @@
-"""Softmax attention: the definition, and JAX's own TPU kernel behind the signature of this project."""
+"""Softmax attention: the definition, and JAX's own TPU kernel behind the signature of this
+project."""

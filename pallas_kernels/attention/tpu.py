@@ -1,7 +1,8 @@
 """Softmax attention on TPU: JAX's own splash attention behind this project's layout.
 
-Grid (heads, query blocks, key blocks): blocks that a mask empties are not visited, scores stay in VMEM, and the
-running maximum and sum stay on chip between key blocks. The baseline that our kernels are measured against.
+Grid (heads, query blocks, key blocks): blocks that a mask empties are not visited, scores stay in
+VMEM, and the running maximum and sum stay on chip between key blocks. The baseline that our kernels
+are measured against.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def refusal(length: int) -> str | None:
   return None
 
 
-def attention(q, k, v, documents, *, scale: float, causal: bool, window: int | None, interpret: bool = False):
+def attention(
+  q, k, v, documents, *, scale: float, causal: bool, window: int | None, interpret: bool = False
+):
   """Softmax attention within a row.
 
   Args:
@@ -41,7 +44,9 @@ def attention(q, k, v, documents, *, scale: float, causal: bool, window: int | N
     documents = jnp.pad(documents, ((0, 0), (0, padded - length)), constant_values=-1)
 
   def lay_out(x):  # [B, T, H, K] -> [B, H, T', K'], whole blocks and whole lanes
-    return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, -x.shape[-1] % LANES))), 2, 1)
+    return jnp.moveaxis(
+      jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, -x.shape[-1] % LANES))), 2, 1
+    )
 
   shape = (padded, padded)
   if not causal:
@@ -54,14 +59,22 @@ def attention(q, k, v, documents, *, scale: float, causal: bool, window: int | N
   kernel = splash.make_splash_mqa_single_device(
     splash.MultiHeadMask([mask] * (heads // groups)),
     block_sizes=splash.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_kv_dkv_compute=block,
+      block_q_dq=block,
+      block_kv_dq=block,
     ),
     interpret=interpret,
-  )  # fmt: skip
+  )
   q = lay_out((q * scale).astype(q.dtype))
   q = q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:])
   one_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over the groups of heads
   ids = None if documents is None else splash.SegmentIds(documents, documents)
-  y = jax.vmap(one_row, in_axes=(0, 0, 0, None if ids is None else 0))(q, lay_out(k), lay_out(v), ids)
+  y = jax.vmap(one_row, in_axes=(0, 0, 0, None if ids is None else 0))(
+    q, lay_out(k), lay_out(v), ids
+  )
   y = y.reshape(y.shape[0], heads, *y.shape[3:])
   return jnp.moveaxis(y, 1, 2)[:, :length, :, :value_dim].astype(v.dtype)

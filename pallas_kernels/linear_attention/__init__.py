@@ -1,1 +1,2 @@
-"""Causal linear attention: the definition and the cases by which every implementation is tested and timed."""
+"""Causal linear attention: the definition and the cases by which every implementation is tested and
+timed."""

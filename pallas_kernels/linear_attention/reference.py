@@ -7,14 +7,16 @@ import jax.numpy as jnp
 
 
 def linear_attention(q, k, v, state, segment_ids, *, scale: float):
-  """Causal linear attention by its recurrence (Katharopoulos et al. 2020, arXiv 2006.16236, section 3.3).
+  """Causal linear attention by its recurrence (Katharopoulos et al. 2020, arXiv 2006.16236, section
+  3.3).
 
       S_t = S_{t-1} + k_t v_t^T        y_t = scale * S_t^T q_t
 
   Args:
     q, k: [B, T, H, K].   v: [B, T, H, V].
     state: [B, H, K, V], S_0; it belongs to the document of the first token that is not padding.
-    segment_ids: [B, T] int32; a change clears S. 0 is padding: it reads nothing, writes nothing, and is no change.
+    segment_ids: [B, T] int32; a change clears S. 0 is padding: it reads nothing, writes nothing,
+      and is no change.
     scale: multiplies q.
   Returns:
     y: [B, T, H, V] and S_T: [B, H, K, V], both in float32, or in float64 where the inputs are.
