@@ -1,5 +1,5 @@
 """How good a model is."""
 
-from jaxmix.evaluation.perplexity import Evaluator, perplexity
+from jaxmix.evaluation.perplexity import Evaluator, figures
 
-__all__ = ["Evaluator", "perplexity"]
+__all__ = ["Evaluator", "figures"]

@@ -41,7 +41,7 @@ class Evaluator:
       loss (nats per target), perplexity, bits_per_byte, targets.
     """
     sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
-    return figures(sums, bytes_per_target)
+    return _mean(sums, bytes_per_target)
 
   def run_streams(
     self, params: dict, batches: Iterable[dict], *, bytes_per_target: float, restart_positions: bool
@@ -61,7 +61,7 @@ class Evaluator:
         params, put_batch(batch, self.mesh), state, restart_positions
       )
       sums.append(total)
-    return figures(sums, bytes_per_target)
+    return _mean(sums, bytes_per_target)
 
   def _stream(self, params, batch, state, restart_positions):
     model = nnx.merge(self.graph, params)
@@ -72,19 +72,21 @@ class Evaluator:
     return (loss, batch["weights"].sum()), state
 
 
-def figures(sums: list[tuple[jax.Array, jax.Array]], bytes_per_target: float) -> dict[str, float]:
-  """Loss per target, perplexity and bits per byte of summed losses and weights; summed in
-  float64."""
-  losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-  loss = losses / weights
+def figures(loss: float, bytes_per_target: float) -> dict[str, float]:
+  """The three ways to state a loss.
+
+  Args:
+    loss: nats per target.   bytes_per_target: UTF-8 bytes of text for each target.
+  Returns:
+    loss; perplexity = exp(loss); bits_per_byte = loss / ln 2 / bytes_per_target.
+  """
   return {
     "loss": loss,
-    "perplexity": perplexity(loss),
+    "perplexity": math.exp(loss) if loss < 700 else math.inf,
     "bits_per_byte": loss / math.log(2) / bytes_per_target,
-    "targets": weights,
   }
 
 
-def perplexity(loss: float) -> float:
-  """exp(loss), infinite where that overflows."""
-  return math.exp(loss) if loss < 700 else math.inf
+def _mean(sums: list[tuple[jax.Array, jax.Array]], bytes_per_target: float) -> dict[str, float]:
+  losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+  return {**figures(float(losses / weights), bytes_per_target), "targets": int(weights)}

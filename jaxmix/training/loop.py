@@ -3,12 +3,11 @@ work directory."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import math
+import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import optax
@@ -16,19 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmix.data import TextDataset
-from jaxmix.evaluation import Evaluator, perplexity
+from jaxmix.evaluation import Evaluator, figures
 from jaxmix.objectives import causal_loss
 from jaxmix.ops import explain_implementation
 from jaxmix.sharding import make_mesh, put_batch
 from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.interruption import Interruption
-from jaxmix.training.metrics import (
-  MetricsWriter,
-  NonFiniteLoss,
-  StepTimer,
-  batch_fingerprint,
-  peak_flops,
-)
+from jaxmix.training.metrics import MetricsWriter, PendingResults, StepTimer, peak_flops
 from jaxmix.training.plots import plot_losses
 from jaxmix.training.step import TrainStep
 
@@ -119,134 +112,110 @@ def train(
     bytes_per_target = {split: data.bytes_per_target(split) for split in ("train", "validation")}
 
     # -------------------------------------------------------------- model and optimizer
-    model = functools.partial(model, data.vocab_size)
-    step_program = TrainStep(
-      model,
+    program = TrainStep(
+      functools.partial(model, data.vocab_size),
       optimizer,
       mesh=mesh,
       objective=objective,
       microbatches=microbatches,
       ema_decay=ema_decay,
     )
-    evaluator = Evaluator(step_program.graph, mesh=mesh, objective=objective)
-    parameters = sum(x.size for x in jax.tree.leaves(step_program.parameters))
-    flops = 3 * nnx.merge(step_program.graph, step_program.parameters).flops(
-      batch_size, data.length
-    )  # backward is twice forward
+    evaluator = Evaluator(program.graph, mesh=mesh, objective=objective)
+    skeleton = nnx.merge(program.graph, program.parameters)
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
-    start = checkpoints.latest_step() or 0
+    start = saved = checkpoints.latest_step() or 0
     if start:
-      state, position = checkpoints.restore(start, step_program.abstract_state())
+      state, position = checkpoints.restore(start, program.abstract_state())
       batches.set_state(position)
     else:
-      state = step_program.init(seed)
+      state = program.init(seed)
     if primary:
       (folder / "config.gin").write_text(config)
+
+    # -------------------------------------------------------------- metrics
     metrics = MetricsWriter(
       folder, total_steps=steps, start_step=start, tensorboard=tensorboard, primary=primary
     )
-    chips = (
-      ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    )
-    metrics.note(
-      f"{parameters:,} parameters on {chips} ({mesh.devices.flat[0].device_kind}); "
-      f"{data.targets('train'):,} targets in the training split"
-    )
-    if start:
-      metrics.note(f"continuing {folder} from step {start}")
-
-    # -------------------------------------------------------------- loop
     peak = peak_flops(mesh.devices.flat[0])
     timer = StepTimer(
       tokens_per_step=batch_size * data.length,
-      flops_per_step=flops,
+      flops_per_step=3 * skeleton.flops(batch_size, data.length),  # backward is twice forward
       peak_flops=peak and peak * mesh.size,
     )
-    unread = (
-      collections.deque()
-    )  # (step, batch, results) of steps whose results were not fetched yet
+    pending = PendingResults()
     validation = None
-    saved = start
+    for line in _introduction(program, data, start):
+      metrics.note(line)
 
-    def read_results() -> dict[str, float]:
-      """Waits for the steps since the last call, raises if a loss was not finite, and averages
-      them."""
-      fetched = jax.device_get([results for _, _, results in unread])
-      for (at, batch, _), results in zip(unread, fetched, strict=True):
-        if not math.isfinite(results["loss"]) or not math.isfinite(results["gradient_norm"]):
-          good = str(folder / "checkpoints" / str(saved)) if saved else None
-          raise NonFiniteLoss(
-            step=at,
-            loss=float(results["loss"]),
-            fingerprint=batch_fingerprint(batch),
-            checkpoint=good,
-          )
-      unread.clear()
-      return {
-        name: float(sum(results[name] for results in fetched)) / len(fetched)
-        for name in ("loss", "gradient_norm")
-      }
-
-    def save(step: int) -> None:
-      loss = validation["loss"] if validation and validation["step"] == step else None
-      checkpoints.save(step, state, data=batches.get_state(), config=config, validation_loss=loss)
-
+    # -------------------------------------------------------------- loop
     try:
       for step in range(start + 1, steps + 1):
         with timer.waiting_for_data():
           batch = next(batches)
         if step == start + 1:
-          for line in explain_implementation(
-            objective, nnx.merge(step_program.graph, state["params"]), batch
-          ):
+          for line in explain_implementation(objective, skeleton, batch):
             metrics.note(line)
-        state, results = step_program.update(state, put_batch(batch, mesh))
-        unread.append((step, batch, results))
+        state, results = program.update(state, put_batch(batch, mesh))
+        pending.add(step, batch, results)
         timer.step_done(results)
 
         stopping = interruption.requested is not None or step == steps
         evaluating = step == steps or bool(evaluate_every and step % evaluate_every == 0)
         saving = stopping or evaluating or step % checkpoint_every == 0
+
         if step % log_every == 0 or step == start + 1 or saving:
-          values = read_results()
-          bits = values["loss"] / math.log(2) / bytes_per_target["train"]
-          metrics.write(
-            step,
-            {
-              **values,
-              "perplexity": perplexity(values["loss"]),
-              "bits_per_byte": bits,
-              **timer.read(),
-            },
-          )
-        with timer.excluded():
-          if evaluating and not interruption.requested:
-            split = data.epoch("validation", batch_size=batch_size, shard=hosts)
-            held_out = [
-              batch for _, batch in zip(range(evaluation_batches or 2**62), split, strict=False)
-            ]
-            params = state.get("ema", state["params"])
-            validation = {
-              "step": step,
-              **evaluator.run(params, held_out, bytes_per_target=bytes_per_target["validation"]),
-            }
+          good = str(folder / "checkpoints" / str(saved)) if saved else None
+          values = pending.read(checkpoint=good)
+          values |= figures(values.pop("loss"), bytes_per_target["train"])
+          metrics.write(step, {**values, **timer.read()})
+
+        validation_loss = None
+        if evaluating and interruption.requested is None:
+          with timer.excluded():
+            held_out = data.epoch("validation", batch_size=batch_size, shard=hosts)
+            validation = evaluator.run(
+              state.get("ema", state["params"]),
+              itertools.islice(held_out, evaluation_batches),
+              bytes_per_target=bytes_per_target["validation"],
+            )
+            validation_loss = validation["loss"]
             metrics.write(step, validation, split="validation")
             if primary:
               plot_losses(folder)
-          if saving:
-            save(step)
-            saved = step
+
+        if saving:
+          checkpoints.save(
+            step,
+            state,
+            data=batches.get_state(),
+            config=config,
+            validation_loss=validation_loss,
+          )
+          saved = step
         if stopping:
           break
     finally:
       metrics.close()
+      checkpoints.close()
 
-    # -------------------------------------------------------------- end
-    checkpoints.close()
-    interrupted = interruption.requested if saved < steps else None
-    return Result(step=saved, interrupted=interrupted, validation=validation)
+  # ---------------------------------------------------------------- end
+  interrupted = interruption.requested if saved < steps else None
+  return Result(step=saved, interrupted=interrupted, validation=validation)
+
+
+def _introduction(program: TrainStep, data: TextDataset, start: int) -> Iterator[str]:
+  """What is about to run, for the user."""
+  mesh = program.mesh
+  shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+  count = sum(x.size for x in jax.tree.leaves(program.parameters))
+  yield (
+    f"{count:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind}"
+    f"{f' ({shape})' if shape else ''}; {data.targets('train'):,} targets in the training split"
+  )
+  if start:
+    yield f"going on from the checkpoint of step {start}"
 
 
 def _check_counts(**counts: int) -> None:

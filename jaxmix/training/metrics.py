@@ -90,6 +90,43 @@ def batch_fingerprint(batch: Mapping[str, np.ndarray]) -> str:
   return digest.hexdigest()
 
 
+class PendingResults:
+  """Results of steps that were dispatched and not yet waited for.
+
+  Reading them one by one would make the host wait for every step; not reading them would let a run
+  go on after a NaN. They are fetched together, and the batches are kept until then so that a bad
+  one can be named.
+  """
+
+  def __init__(self):
+    self._pending: list[tuple[int, Mapping[str, np.ndarray], Mapping[str, jax.Array]]] = []
+
+  def add(
+    self, step: int, batch: Mapping[str, np.ndarray], results: Mapping[str, jax.Array]
+  ) -> None:
+    """Notes a step: its number, its batch on the host, and its scalar results on the devices."""
+    self._pending.append((step, batch, results))
+
+  def read(self, *, checkpoint: str | None) -> dict[str, float]:
+    """Waits for the steps since the last call and averages each of their results.
+
+    Raises:
+      NonFiniteLoss: the loss or the norm of the gradient of a step was NaN or infinite; the message
+        names `checkpoint` as the last good one.
+    """
+    pending, self._pending = self._pending, []
+    fetched = jax.device_get([results for _, _, results in pending])
+    for (step, batch, _), results in zip(pending, fetched, strict=True):
+      if not np.isfinite([results["loss"], results["gradient_norm"]]).all():
+        raise NonFiniteLoss(
+          step=step,
+          loss=float(results["loss"]),
+          fingerprint=batch_fingerprint(batch),
+          checkpoint=checkpoint,
+        )
+    return {name: float(np.mean([results[name] for results in fetched])) for name in fetched[0]}
+
+
 class StepTimer:
   """Speed in steady state, between two moments at which the loop waited for its results.
 

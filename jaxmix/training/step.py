@@ -126,7 +126,7 @@ class TrainStep:
       after["ema"] = optax.incremental_update(params, state["ema"], 1 - self.ema_decay)
     return after, {
       "loss": total * scale,
-      "gradient_norm": optax.global_norm(grads),
+      "gradient_norm": optax.tree.norm(grads),
       "targets": weight,
     }
 
