@@ -17,7 +17,7 @@ def _activation(name: str):
 
 
 class DenseMLP(nnx.Module):
-  """y = act(x W_up) W_down.
+  """y = act(x W_up) W_down (Vaswani et al. 2017, arXiv 1706.03762, section 3.3).
 
   Args:
     dim: model width D.   hidden: width between.

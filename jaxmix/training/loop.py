@@ -168,8 +168,8 @@ def train(
         if step % log_every == 0 or step == start + 1 or saving:
           good = str(folder / "checkpoints" / str(saved)) if saved else None
           values = pending.read(checkpoint=good)
-          values |= figures(values.pop("loss"), bytes_per_target["train"])
-          metrics.write(step, {**values, **timer.read()})
+          losses = figures(values.pop("loss"), bytes_per_target["train"])
+          metrics.write(step, {**losses, **values, **timer.read()})
 
         validation_loss = None
         if evaluating and interruption.requested is None:

@@ -124,11 +124,7 @@ class TrainStep:
     after = {**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1}
     if self.ema_decay is not None:
       after["ema"] = optax.incremental_update(params, state["ema"], 1 - self.ema_decay)
-    return after, {
-      "loss": total * scale,
-      "gradient_norm": optax.tree.norm(grads),
-      "targets": weight,
-    }
+    return after, {"loss": total * scale, "gradient_norm": optax.tree.norm(grads)}
 
   def _accumulate(self, value_and_grad, params, batch, key):
     """Sums loss, weight and gradient over the microbatches."""

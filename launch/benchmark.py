@@ -1,0 +1,292 @@
+"""Measures ops by their definition and the clock, the trainer by its bare step, and decoding.
+
+Rows are JSON lines. The manual: python launch/benchmark.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import command_line
+
+DESCRIPTION = """Measures on this machine and prints JSON lines, to be quoted as medians and ratios.
+
+  ops       each op, implementation and case: errors against the float64 definition, then the time
+            of a forward pass and of forward and backward. A row whose errors are too large says so
+            and has no times.
+  trainer   the time of a whole training step (data, logging, checkpoints) over that of the bare
+            jitted step on one batch, in turns.
+  decode    milliseconds a token and bytes of state, by position."""
+
+EPILOG = f"""{command_line.EXIT_CODES}
+
+examples:
+  python launch/benchmark.py ops --op linear_attention --case cpu
+  python launch/benchmark.py trainer --gin_file configs/runs/quickstart.gin
+  python launch/benchmark.py decode --tokens 2000"""
+
+OPS = ("linear_attention", "attention")
+# A result may be off by this many units in the last place of its dtype, as a fraction of its RMS:
+# what the sums of a few thousand products leave. Beyond it something is wrong, not rounded.
+ALLOWED_UNITS = 64
+
+
+def options() -> argparse.ArgumentParser:
+  """The options, with the manual."""
+  parser = command_line.parser(DESCRIPTION, EPILOG)
+  kinds = parser.add_subparsers(dest="kind", required=True, metavar="ops|trainer|decode")
+  ops = kinds.add_parser("ops", help="errors and times of ops")
+  ops.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+  ops.add_argument(
+    "--case", nargs="+", default=["cpu"], help="names in pallas_kernels/<op>/cases.py"
+  )
+  ops.add_argument("--implementation", nargs="+", default=["xla"], help="xla, reference, tpu")
+  ops.add_argument("--repeats", type=int, default=7, help="timed runs; default %(default)s")
+  trainer = kinds.add_parser("trainer", help="the trainer over its bare step")
+  trainer.add_argument("--gin_file", action="append", required=True)
+  trainer.add_argument("--gin_param", action="append", default=[])
+  trainer.add_argument("--rounds", type=int, default=5, help="turns of each; default %(default)s")
+  trainer.add_argument("--steps", type=int, default=40, help="steps a turn; default %(default)s")
+  decode = kinds.add_parser("decode", help="time a token, by position")
+  decode.add_argument("--tokens", type=int, default=2000)
+  decode.add_argument("--dim", type=int, default=256)
+  decode.add_argument("--depth", type=int, default=6)
+  return parser
+
+
+def benchmark(arguments: argparse.Namespace) -> int:
+  """Prints the rows; returns the exit code, 1 where a result is wrong."""
+  rows = {"ops": _ops, "trainer": _trainer, "decode": _decode}[arguments.kind](arguments)
+  wrong = False
+  for row in rows:
+    wrong |= row.get("gate") == "failed"
+    print(json.dumps({"benchmark": arguments.kind, **row, **_here()}), flush=True)
+  return int(wrong)
+
+
+@functools.cache
+def _here() -> dict[str, str]:
+  import jax
+
+  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+  revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+  device = jax.devices()[0]
+  chip = (
+    platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+  )
+  return {
+    "chip": chip,
+    "jax": jax.__version__,
+    "revision": revision or "unknown",
+    "times": "measured",
+  }
+
+
+def _ops(arguments: argparse.Namespace) -> Iterator[dict]:
+  for op in arguments.op:
+    cases = {
+      case.name: case for case in importlib.import_module(f"pallas_kernels.{op}.cases").CASES
+    }
+    for name in arguments.case:
+      if name not in cases:
+        raise ValueError(f"--case {name}: {op} has no such case; it has {', '.join(cases)}")
+      for implementation in arguments.implementation:
+        yield _op_row(op, cases[name], implementation, arguments.repeats)
+
+
+def _op_row(op: str, case, implementation: str, repeats: int) -> dict:
+  import jax
+  import jax.numpy as jnp
+
+  from jaxmix import ops
+
+  q, k, v, segment_ids = case.arrays()
+  if op == "linear_attention":
+    q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1  # a feature map, without which nothing is summed up
+
+  cotangent = jax.random.normal(jax.random.key(1), (*q.shape[:3], v.shape[-1]))
+
+  def forward(q, k, v, *, implementation):
+    return getattr(ops, op)(q, k, v, segment_ids=segment_ids, implementation=implementation)[0]
+
+  def backward(q, k, v, *, implementation):
+    def loss(*inputs):
+      y = forward(*inputs, implementation=implementation)
+      return jnp.sum(y.astype(cotangent.dtype) * cotangent[: y.shape[0], : y.shape[1]])
+
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+  # The definition is walked through token by token in float64, so it sees the beginning only.
+  start = [x[:1, :256] for x in (q, k, v)]
+  full_ids, segment_ids = segment_ids, None if segment_ids is None else segment_ids[:1, :256]
+  found = [function(*start, implementation=implementation) for function in (forward, backward)]
+  with jax.enable_x64(True):
+    exact = [
+      function(*(x.astype(jnp.float64) for x in start), implementation="reference")
+      for function in (forward, backward)
+    ]
+    value, gradient = (_error(*pair) for pair in zip(found, exact, strict=True))
+  segment_ids = full_ids
+  unit = float(jnp.finfo(case.dtype).eps)
+  good = max(value, gradient) <= ALLOWED_UNITS * unit
+  row = {
+    "op": op,
+    "implementation": implementation,
+    "case": case.name,
+    "shape": [case.batch, case.length, case.heads, case.key_dim, case.value_dim],
+    "dtype": case.dtype,
+    "value_error": value,
+    "gradient_error": gradient,
+    "gate": "passed" if good else "failed",
+  }
+  if good:
+    for name, function in (("forward", forward), ("forward_backward", backward)):
+      run = jax.jit(functools.partial(function, implementation=implementation))
+      row |= _timed(name, lambda run=run: jax.block_until_ready(run(q, k, v)), repeats)
+  return row
+
+
+def _error(found, exact) -> float:
+  """Largest relative RMS error over the leaves."""
+  import jax
+  import numpy as np
+
+  leaves = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+  pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in leaves]
+  return max(float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))) for a, b in pairs)
+
+
+def _timed(name: str, run: Callable[[], object], repeats: int) -> dict[str, float]:
+  started = time.perf_counter()
+  run()
+  compiled = time.perf_counter() - started
+  seconds = []
+  for _ in range(repeats):
+    started = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - started)
+  seconds.sort()
+  return {
+    f"{name}_ms": seconds[len(seconds) // 2] * 1e3,
+    f"{name}_ms_spread": (seconds[-1] - seconds[0]) * 1e3,
+    f"{name}_compile_s": compiled,
+  }
+
+
+def _trainer(arguments: argparse.Namespace) -> Iterator[dict]:
+  """Turns of bare steps and of the trainer; each turn of the trainer goes on with one run."""
+  import jax
+  import numpy as np
+
+  from jaxmix import configuration, training
+  from jaxmix.sharding import put_batch
+  from jaxmix.training.run import SUPPLIED
+
+  run = configuration.load(
+    arguments.gin_file, arguments.gin_param, root=training.train, supplied=SUPPLIED
+  )
+  model, optimizer, data = (run.value(name) for name in ("model", "optimizer", "data"))
+  mesh, batch_size = run.value("mesh")(), run.value("batch_size")
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    program = training.TrainStep(
+      functools.partial(model, data.vocab_size),
+      optimizer,
+      mesh=mesh,
+      microbatches=run.value("microbatches"),
+      ema_decay=run.value("ema_decay"),
+    )
+    state = program.init(0)
+    batch = put_batch(next(data.batches("train", batch_size=batch_size, seed=0)), mesh)
+    state, results = program.update(state, batch)
+    jax.block_until_ready(results)
+    bare, whole = [], []
+    for turn in range(1, arguments.rounds + 1):
+      started = time.perf_counter()
+      for _ in range(arguments.steps):
+        state, results = program.update(state, batch)
+      jax.block_until_ready(results)
+      bare.append((time.perf_counter() - started) / arguments.steps)
+      whole.append(_trainer_turn(run, folder, turn * (arguments.steps + 1), arguments.steps))
+  ratios = np.array(whole) / np.array(bare)
+  yield {
+    "run": arguments.gin_file[-1],
+    "bare_step_ms": float(np.median(bare) * 1e3),
+    "trainer_step_ms": float(np.median(whole) * 1e3),
+    "ratio": float(np.median(ratios)),
+    "ratios": [round(float(ratio), 4) for ratio in ratios],
+  }
+
+
+def _trainer_turn(run, folder: str, steps: int, counted: int) -> float:
+  """Trains on to `steps`, the first step aside: seconds a step, with a checkpoint in the middle."""
+  run.call(
+    workdir=folder,
+    config="",
+    steps=steps,
+    log_every=10,
+    evaluate_every=0,
+    evaluation_batches=1,
+    checkpoint_every=counted // 2,
+  )
+  lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+  lines = [line for line in lines if line["split"] == "train" and "step_seconds" in line]
+  recent = [line for line in lines if line["step"] > steps - counted]
+  before = [steps - counted, *(line["step"] for line in recent)]
+  spans = [after - start for start, after in itertools.pairwise(before)]
+  seconds = (line["step_seconds"] * span for line, span in zip(recent, spans, strict=True))
+  return sum(seconds) / sum(spans)
+
+
+def _decode(arguments: argparse.Namespace) -> Iterator[dict]:
+  import jax
+  import numpy as np
+  from flax import nnx
+
+  from jaxmix import inference
+  from jaxmix.mixers import Attention, LinearAttention
+  from jaxmix.models import Decoder
+
+  attention = functools.partial(Attention, heads=4, max_length=arguments.tokens + 64)
+  mixers = {"linear_attention": functools.partial(LinearAttention, heads=4), "attention": attention}
+  for name in mixers:
+    model = Decoder(
+      257, arguments.dim, arguments.depth, pattern=(name,), mixers=mixers, rngs=nnx.Rngs(params=0)
+    )
+    graph, params = nnx.split(model)
+    moments = [time.perf_counter()]
+    steps = inference.generate(
+      graph, nnx.to_pure_dict(params), [[1]], max_new_tokens=arguments.tokens, temperature=0.0
+    )
+    for _ in steps:
+      moments.append(time.perf_counter())
+    milliseconds = np.diff(moments)[2:] * 1e3  # two programs are compiled before
+    tenths = [float(np.median(part)) for part in np.array_split(milliseconds, 10)]
+    state = jax.eval_shape(lambda model=model: model.init_state(1))
+    yield {
+      "mixer": name,
+      "tokens": arguments.tokens,
+      "model": f"dim {arguments.dim}, depth {arguments.depth}",
+      "ms_per_token_by_tenth": [round(x, 3) for x in tenths],
+      "last_over_first": tenths[-1] / tenths[0],
+      "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit code."""
+  return command_line.exit_code(benchmark, options().parse_args(argv))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
