@@ -52,6 +52,7 @@ def options() -> argparse.ArgumentParser:
     "--case", nargs="+", default=["cpu"], help="names in pallas_kernels/<op>/cases.py"
   )
   ops.add_argument("--implementation", nargs="+", default=["xla"], help="xla, reference, tpu")
+  ops.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   ops.add_argument("--repeats", type=int, default=7, help="timed runs; default %(default)s")
   trainer = kinds.add_parser("trainer", help="the trainer over its bare step")
   trainer.add_argument("--gin_file", action="append", required=True)
@@ -95,64 +96,61 @@ def _here() -> dict[str, str]:
 
 def _ops(arguments: argparse.Namespace) -> Iterator[dict]:
   for op in arguments.op:
-    cases = {
-      case.name: case for case in importlib.import_module(f"pallas_kernels.{op}.cases").CASES
-    }
+    cases = importlib.import_module(f"pallas_kernels.{op}.cases")
+    cases = {case.name: case for case in (*cases.BENCHMARKS, *cases.CASES)}
     for name in arguments.case:
       if name not in cases:
         raise ValueError(f"--case {name}: {op} has no such case; it has {', '.join(cases)}")
       for implementation in arguments.implementation:
-        yield _op_row(op, cases[name], implementation, arguments.repeats)
+        yield _op_row(op, cases[name], implementation, arguments.dtype, arguments.repeats)
 
 
-def _op_row(op: str, case, implementation: str, repeats: int) -> dict:
+def _op_row(op: str, case, implementation: str, dtype: str, repeats: int) -> dict:
   import jax
   import jax.numpy as jnp
 
   from jaxmix import ops
 
-  q, k, v, segment_ids = case.arrays()
+  inputs = case.inputs()
+  q, k, v = (jnp.asarray(inputs[name], dtype) for name in "qkv")
   if op == "linear_attention":
     q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1  # a feature map, without which nothing is summed up
-
   cotangent = jax.random.normal(jax.random.key(1), (*q.shape[:3], v.shape[-1]))
+  function = getattr(ops, op)
 
-  def forward(q, k, v, *, implementation):
-    return getattr(ops, op)(q, k, v, segment_ids=segment_ids, implementation=implementation)[0]
+  def forward(implementation, q, k, v):
+    ids = case.segment_ids()
+    ids = None if ids is None else jnp.asarray(ids[: q.shape[0], : q.shape[1]])
+    return function(q, k, v, segment_ids=ids, implementation=implementation)[0]
 
-  def backward(q, k, v, *, implementation):
+  def backward(implementation, q, k, v):
     def loss(*inputs):
-      y = forward(*inputs, implementation=implementation)
+      y = forward(implementation, *inputs)
       return jnp.sum(y.astype(cotangent.dtype) * cotangent[: y.shape[0], : y.shape[1]])
 
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
   # The definition is walked through token by token in float64, so it sees the beginning only.
   start = [x[:1, :256] for x in (q, k, v)]
-  full_ids, segment_ids = segment_ids, None if segment_ids is None else segment_ids[:1, :256]
-  found = [function(*start, implementation=implementation) for function in (forward, backward)]
+  found = [run(implementation, *start) for run in (forward, backward)]
   with jax.enable_x64(True):
-    exact = [
-      function(*(x.astype(jnp.float64) for x in start), implementation="reference")
-      for function in (forward, backward)
-    ]
+    start = [x.astype(jnp.float64) for x in start]
+    exact = [run("reference", *start) for run in (forward, backward)]
     value, gradient = (_error(*pair) for pair in zip(found, exact, strict=True))
-  segment_ids = full_ids
-  unit = float(jnp.finfo(case.dtype).eps)
-  good = max(value, gradient) <= ALLOWED_UNITS * unit
+  good = max(value, gradient) <= ALLOWED_UNITS * float(jnp.finfo(dtype).eps)
   row = {
     "op": op,
     "implementation": implementation,
     "case": case.name,
     "shape": [case.batch, case.length, case.heads, case.key_dim, case.value_dim],
-    "dtype": case.dtype,
+    "dtype": dtype,
     "value_error": value,
     "gradient_error": gradient,
     "gate": "passed" if good else "failed",
   }
   if good:
-    for name, function in (("forward", forward), ("forward_backward", backward)):
-      run = jax.jit(functools.partial(function, implementation=implementation))
+    for name, timed in (("forward", forward), ("forward_backward", backward)):
+      run = jax.jit(functools.partial(timed, implementation))
       row |= _timed(name, lambda run=run: jax.block_until_ready(run(q, k, v)), repeats)
   return row
 

@@ -67,7 +67,7 @@ class TrainStep:
   def abstract_state(self) -> dict:
     """The train state as jax.ShapeDtypeStruct with shardings: what a checkpoint must hold, what
     compiles ahead."""
-    shapes = jax.eval_shape(self._init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
     )

@@ -1,10 +1,71 @@
-"""Shapes of softmax attention."""
+"""Named shapes of softmax attention, for the tests and the benchmarks of every implementation."""
 
-from pallas_kernels.cases import Case
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One shape.
+
+  Attributes:
+    name: unique.
+    batch, length, heads, key_heads, key_dim, value_dim: B, T, H, G, K, V.
+    causal: see no later key.   window: newest tokens seen; None means all.
+    segments: for each row the (id, length) of its documents, 0 being padding; None means one
+      document a row.
+  """
+
+  name: str
+  batch: int
+  length: int
+  heads: int
+  key_heads: int
+  key_dim: int
+  value_dim: int
+  causal: bool = True
+  window: int | None = None
+  segments: tuple[tuple[tuple[int, int], ...], ...] | None = None
+
+  def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
+    """q [B, T, H, K], k [B, T, G, K] and v [B, T, G, V], standard normal in float64."""
+    random = np.random.default_rng(seed)
+    rows = (self.batch, self.length)
+    return {
+      "q": random.normal(size=(*rows, self.heads, self.key_dim)),
+      "k": random.normal(size=(*rows, self.key_heads, self.key_dim)),
+      "v": random.normal(size=(*rows, self.key_heads, self.value_dim)),
+    }
+
+  def segment_ids(self) -> np.ndarray | None:
+    """[B, T] int32, or None."""
+    if self.segments is None:
+      return None
+    return np.array([np.repeat(*zip(*row, strict=True)) for row in self.segments], np.int32)
+
 
 CASES = (
-  Case("small", batch=2, length=130, heads=4, key_heads=2, key_dim=8, value_dim=12),
-  Case("small_packed", batch=2, length=130, heads=2, key_dim=8, value_dim=12, documents=3),
-  Case("cpu", batch=1, length=4096, heads=8, key_dim=64, value_dim=64),
-  Case("train", batch=4, length=4096, heads=16, key_dim=128, value_dim=128, dtype="bfloat16"),
+  Case("causal", 1, 128, 2, 2, 16, 16),
+  Case("odd_length", 1, 200, 2, 2, 16, 24),
+  Case("grouped", 2, 130, 4, 2, 8, 8),
+  Case("window", 1, 200, 2, 1, 16, 16, window=9),
+  Case("window_of_two", 1, 128, 1, 1, 8, 8, window=2),
+  Case(
+    "packed", 2, 200, 2, 1, 16, 16,
+    segments=(
+      ((1, 50), (2, 70), (0, 3), (3, 77)),
+      ((0, 4), (7, 60), (0, 6), (8, 60), (7, 70)),
+    ),
+  ),
+  Case("packed_window", 1, 200, 2, 2, 16, 16, window=30, segments=(((1, 90), (2, 100), (0, 10)),)),
+  Case("full", 1, 200, 2, 2, 16, 16, causal=False),
+  Case("full_packed", 1, 200, 2, 1, 16, 16, causal=False, segments=(((1, 90), (2, 100), (0, 10)),)),
+)  # fmt: skip
+
+BENCHMARKS = (
+  Case("cpu", 1, 4096, 8, 8, 64, 64),
+  Case("train", 4, 4096, 16, 16, 128, 128),
 )

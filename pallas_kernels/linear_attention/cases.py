@@ -1,11 +1,67 @@
-"""Shapes of causal linear attention."""
+"""Named shapes of causal linear attention, for the tests and the benchmarks of every implementation."""
 
-from pallas_kernels.cases import Case
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One shape.
+
+  Attributes:
+    name: unique.
+    batch, length, heads, key_dim, value_dim: B, T, H, K, V.
+    segments: for each row the (id, length) of its documents, 0 being padding; None means one
+      document a row.
+  """
+
+  name: str
+  batch: int
+  length: int
+  heads: int
+  key_dim: int
+  value_dim: int
+  segments: tuple[tuple[tuple[int, int], ...], ...] | None = None
+
+  def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
+    """q, k [B, T, H, K], v [B, T, H, V] and state [B, H, K, V], standard normal in float64."""
+    random = np.random.default_rng(seed)
+    rows = (self.batch, self.length, self.heads)
+    return {
+      "q": random.normal(size=(*rows, self.key_dim)),
+      "k": random.normal(size=(*rows, self.key_dim)),
+      "v": random.normal(size=(*rows, self.value_dim)),
+      "state": random.normal(size=(self.batch, self.heads, self.key_dim, self.value_dim)),
+    }
+
+  def segment_ids(self) -> np.ndarray | None:
+    """[B, T] int32, or None."""
+    if self.segments is None:
+      return None
+    return np.array([np.repeat(*zip(*row, strict=True)) for row in self.segments], np.int32)
+
 
 CASES = (
-  Case("small", batch=2, length=130, heads=2, key_dim=8, value_dim=12),
-  Case("small_packed", batch=2, length=130, heads=2, key_dim=8, value_dim=12, documents=3),
-  Case("cpu", batch=1, length=4096, heads=8, key_dim=64, value_dim=64),
-  Case("cpu_bfloat16", batch=1, length=4096, heads=8, key_dim=64, value_dim=64, dtype="bfloat16"),
-  Case("train", batch=4, length=4096, heads=16, key_dim=128, value_dim=128, dtype="bfloat16"),
+  Case("one_token", 2, 1, 2, 8, 8),
+  Case("two_tokens", 2, 2, 1, 4, 8, (((1, 1), (2, 1)), ((0, 1), (1, 1)))),
+  Case("below_a_chunk", 1, 63, 2, 8, 12),
+  Case("one_chunk", 1, 64, 2, 8, 12, (((1, 20), (0, 5), (1, 20), (2, 19)),)),
+  Case("above_a_chunk", 2, 65, 1, 8, 4),
+  Case(
+    "many_documents", 2, 130, 2, 8, 12,
+    (
+      # an id that comes back is another document
+      ((3, 5), (0, 2), (4, 57), (0, 3), (3, 1), (9, 62)),
+      # a chunk of padding, and padding inside a document
+      ((0, 64), (1, 1), (1, 40), (0, 9), (1, 10), (2, 6)),
+    ),
+  ),
+)  # fmt: skip
+
+BENCHMARKS = (
+  Case("cpu", 1, 4096, 8, 64, 64),
+  Case("train", 4, 4096, 16, 128, 128),
 )

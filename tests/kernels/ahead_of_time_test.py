@@ -1,0 +1,89 @@
+"""The training step compiled for a TPU pod slice that is not here: it fits, and holds the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+# Runs in a process of its own: libtpu reads its settings once, and takes no part in any other test.
+PROGRAM = """
+import functools, json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jaxmix import sharding
+from jaxmix.mixers import Attention, LinearAttention
+from jaxmix.models import Decoder
+from jaxmix.training import TrainStep, adamw
+
+devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
+model = functools.partial(
+  Decoder, 1024, 256, 2, pattern=("linear_attention", "attention"), remat="full", dtype="bfloat16",
+  mixers={"linear_attention": functools.partial(LinearAttention, heads=2),
+          "attention": functools.partial(Attention, heads=2)},
+)
+with jax.set_mesh(mesh):
+  step = TrainStep(model, functools.partial(adamw, learning_rate=1e-3), mesh=mesh)
+  dtypes = dict(inputs=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
+  place = sharding.named_sharding(("batch", None), (8, 512), mesh)
+  batch = {name: jax.ShapeDtypeStruct((8, 512), dtype, sharding=place) for name, dtype in dtypes.items()}
+  state = step.abstract_state()
+  compiled = step.update.lower(state, batch).compile()
+
+def bytes_of(x):
+  return x.dtype.itemsize * functools.reduce(int.__mul__, x.sharding.shard_shape(x.shape), 1)
+
+memory = compiled.memory_analysis()
+print("RESULT", json.dumps({
+  "calls": [line.split(" = ")[0] for line in compiled.as_text().splitlines() if "tpu_custom_call" in line],
+  "state": sum(map(bytes_of, jax.tree.leaves(state))),
+  "batch": sum(map(bytes_of, jax.tree.leaves(batch))),
+  "arguments": memory.argument_size_in_bytes,
+  "aliased": memory.alias_size_in_bytes,
+  "temporaries": memory.temp_size_in_bytes,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(repository) -> dict:
+  """What the compiler says of a hybrid of both mixers, in bfloat16, rematerialised, cut three ways over v5e:2x4."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed: pip install 'jaxmix[tpu]' to compile for TPUs from here")
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  environment |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "PYTHONPATH": str(repository),
+  }
+  run = subprocess.run(
+    [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600
+  )
+  assert run.returncode == 0, run.stderr[-4000:]
+  return json.loads(re.search("^RESULT (.*)$", run.stdout, re.MULTILINE)[1])
+
+
+def test_kernel_is_present(compiled):
+  """Attention runs in the splash kernel, forward and backward, whose names the program holds."""
+  names = " ".join(compiled["calls"])
+  assert "splash_mqa_fwd" in names and "splash_mqa_dkv" in names and "splash_mqa_dq" in names
+
+
+def test_memory(compiled):
+  """A device holds its part of the state, updated in place, and needs no more than its part of the activations."""
+  # The compiler pads small arrays to whole tiles of 4 KiB; there are about 100 arrays.
+  padding = 100 * 4096
+  assert compiled["arguments"] <= compiled["state"] + compiled["batch"] + padding
+  assert compiled["aliased"] >= compiled["state"]
+  # 2 rows of 512 a device: logits in float32 and their gradient in bfloat16; one layer, recomputed, with about 20
+  # arrays as wide as the model in float32 and 3 as wide as the MLP (of width 704) forward and backward; gradients.
+  tokens = 2 * 512
+  budget = tokens * (1024 * 6 + 20 * 256 * 4 + 2 * 3 * 704 * 4) + compiled["state"]
+  assert compiled["temporaries"] <= budget, f"{compiled['temporaries']:,} bytes, budget {budget:,}"

@@ -1,0 +1,58 @@
+"""How an implementation is chosen, refused and explained."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmix import ops
+from jaxmix.ops import implementation
+
+
+def shaped(length: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+
+
+def test_explanation():
+  """One line an op and outcome, in order of first use; nothing is run."""
+
+  def program(long, short):
+    for _ in range(2):
+      long = ops.attention(long, long, long)[0]
+    return long, ops.attention(short, short, short)[0], ops.linear_attention(long, long, long)[0]
+
+  assert ops.explain_implementation(program, shaped(128), shaped(4)) == [
+    "attention: tpu -> tpu kernel; elsewhere -> xla (gpu: attention has no gpu kernel)",
+    "attention: elsewhere -> xla (gpu: attention has no gpu kernel; tpu: length 4 is shorter than one block of 128)",
+    "linear_attention: elsewhere -> xla (tpu: linear_attention has no tpu kernel; gpu: linear_attention has no gpu kernel)",
+  ]
+
+
+def test_explanation_after_a_jitted_call():
+  """An explanation is not lost because jit remembers the trace."""
+  program = jax.jit(lambda q: ops.linear_attention(q, q, q)[0])
+  jax.eval_shape(program, shaped(4))
+  assert len(ops.explain_implementation(program, shaped(4))) == 1
+
+
+def test_demand():
+  """A name gets that implementation, whatever the platform."""
+  functions = {"reference": lambda x: x + 1, "xla": lambda x: x + 2, "gpu": lambda x: x + 3}
+  for name, added in (("reference", 1), ("xla", 2), ("gpu", 3)):
+    assert implementation.run("op", name, (1,), functions=functions, refusals={}) == 1 + added
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("cuda", "op: implementation='cuda' is unknown; expected None or one of reference, xla, tpu, gpu"),
+    ("tpu", 'op: implementation="tpu" cannot run this call: op has no tpu kernel; use implementation="xla"'),
+    ("gpu", 'op: implementation="gpu" cannot run this call: too wide; use implementation="xla"'),
+  ],
+)  # fmt: skip
+def test_refusal(name, text):
+  functions = {"reference": abs, "xla": abs, "gpu": abs}
+  with pytest.raises(ValueError) as error:
+    implementation.run("op", name, (1,), functions=functions, refusals={"gpu": "too wide"})
+  assert str(error.value) == text
