@@ -41,7 +41,7 @@ step "Evaluating it: bits per byte over the whole test split"
 "$python" launch/evaluate.py --workdir "$workdir" --split test
 
 step "Sampling from it"
-"$python" launch/generate.py --workdir "$workdir" --prompt 'def main(' --max_new_tokens 400 --temperature 0.7 --seed 1
+"$python" launch/generate.py --workdir "$workdir" --prompt 'def main(' --max_new_tokens 300 --temperature 0.5 --seed 1
 
 step "Done. The loss curve is $workdir/loss.png"
 cat <<NEXT

@@ -1,5 +1,5 @@
-"""What every test shares: eight virtual devices, a cache of compiled programs, the comparison of arrays, and the folders
-of data and golden vectors."""
+"""What every test shares: eight virtual devices, a cache of compiled programs, the comparison of
+arrays, and the folders of data and golden vectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pathlib
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # Read by jax when it is imported, here and in the processes that tests start.
-# Tests run most programs once, so LLVM's optimisations cost more time than they save: without them half of all
+# Tests run most programs once, so LLVM's optimisations cost more time than they save: without them
+# half of all
 # compilation goes. What XLA itself does to a program stays as it is.
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -78,7 +79,8 @@ def assert_close(actual, expected, *, tolerance: float) -> None:
     assert np.shape(left) == np.shape(right), f"{name}: {np.shape(left)} and {np.shape(right)}"
     rms, largest, worst = relative_errors(left, right)
     assert max(rms, largest) <= tolerance, (
-      f"{name}: relative error {rms:.2e} (RMS), {largest:.2e} (largest, at {worst}), allowed {tolerance:.2e}"
+      f"{name}: relative error {rms:.2e} (RMS), {largest:.2e} (largest, at {worst}), "
+      f"allowed {tolerance:.2e}"
     )
 
 
@@ -96,10 +98,10 @@ def close() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def rounding() -> Callable[..., float]:
-  """`rounding(dtype, operations)`: the relative error that so many roundings, one upon another, leave at worst.
+  """`rounding(dtype, operations)`: the relative error that so many roundings leave at worst.
 
-  Each is off by half a unit in the last place at most. Errors of a random walk stay below by the square root of their
-  number, which is the room left for cancellation.
+  Each is off by half a unit in the last place at most, and all are upon one another. Errors of a
+  random walk stay below by the square root of their number: the room left for cancellation.
   """
   return lambda dtype, operations: operations * float(jnp.finfo(dtype).eps) / 2
 

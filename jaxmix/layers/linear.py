@@ -40,7 +40,8 @@ class Linear(nnx.Module):
     std = math.prod(inputs.values()) ** -0.5
     kernel = std * jax.random.normal(rngs.params(), shape)
     self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs), inputs=len(inputs))
-    self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+    zeros = jnp.zeros(tuple(outputs.values()))
+    self.bias = nnx.Param(zeros, axes=tuple(outputs), inputs=0) if bias else None
     self.contracted = len(inputs)
     self.flops_per_token = 2 * math.prod(shape)
 

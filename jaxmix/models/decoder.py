@@ -162,8 +162,7 @@ class Decoder(nnx.Module):
     x = dropout(x, self.dropout_rate, embedding_key)
     x = constrain(x, "batch", "length", None)
 
-    def apply_period(x, period):
-      blocks, states, key = period
+    def apply_period(x, blocks, states, key):
       after = {}
       for index, name in enumerate(self._block_names):
         x, after[name] = blocks[name](
@@ -179,7 +178,7 @@ class Decoder(nnx.Module):
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
       apply_period = jax.checkpoint(apply_period, policy=policy, prevent_cse=False)
-    x, layer_states = jax.lax.scan(apply_period, x, (self.layers, layer_states, layer_keys))
+    x, layer_states = self._scan_periods(apply_period, x, layer_states, layer_keys)
     state = {
       "layers": layer_states,
       "segment_id": last_token(ids, ids, last_id),
@@ -218,6 +217,28 @@ class Decoder(nnx.Module):
     """Floating-point operations of a forward pass with logits, a multiply-add counted as two."""
     period = sum(block.flops(batch, length) for block in self.layers.values())
     return self._periods * period + 2 * batch * length * self.dim * self.vocab_size
+
+  def _scan_periods(self, apply_period, x, states, keys):
+    """Applies the periods one after the other; states stacked over the periods, or None."""
+    if states is None:
+      return jax.lax.scan(lambda x, at: apply_period(x, at[0], None, at[1]), x, (self.layers, keys))
+
+    # States that go on are carried, not scanned over: a period then updates its part in place,
+    # where a scan would copy every cache for every token.
+    def step(carry, at):
+      x, states = carry
+      blocks, index, key = at
+      now = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, index, keepdims=False), states)
+      x, after = apply_period(x, blocks, now, key)
+      states = jax.tree.map(
+        lambda z, new: jax.lax.dynamic_update_index_in_dim(z, new.astype(z.dtype), index, 0),
+        states,
+        after,
+      )
+      return (x, states), None
+
+    periods = (self.layers, jnp.arange(self._periods), keys)
+    return jax.lax.scan(step, (x, states), periods)[0]
 
   @property
   def _periods(self) -> int:

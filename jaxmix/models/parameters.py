@@ -18,8 +18,8 @@ class Axes:
 
   Attributes:
     names: one name an array axis, such as ("layers", "embed", "heads", "head").
-    inputs: how many axes a linear map contracts, counted after "layers"; None where the parameter
-      is not a linear map.
+    inputs: how many axes a linear map contracts, counted after "layers"; 0 for its bias, and None
+      where the parameter belongs to no linear map.
   """
 
   names: tuple[str, ...]
@@ -27,8 +27,8 @@ class Axes:
 
   @property
   def is_matrix(self) -> bool:
-    """Whether it has two axes or more beside the stacking of layers; norms and biases have one."""
-    return len(self.names) - (self.names[0] == "layers") > 1
+    """Whether it is the matrix of a linear map, or a table; norms and biases are neither."""
+    return self.inputs != 0 and len(self.names) - (self.names[0] == "layers") > 1
 
 
 def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxmix.data import TextDataset
 from jaxmix.evaluation import Evaluator, figures
+from jaxmix.models.capacity import check_positions
 from jaxmix.objectives import causal_loss
 from jaxmix.ops import explain_implementation
 from jaxmix.sharding import make_mesh, put_batch
@@ -122,6 +123,12 @@ def train(
     )
     evaluator = Evaluator(program.graph, mesh=mesh, objective=objective)
     skeleton = nnx.merge(program.graph, program.parameters)
+    check_positions(
+      skeleton,
+      data.length,
+      what=f"train on rows of length={data.length}",
+      instead=f"use a shorter length, or set Decoder.learned_positions = {data.length}",
+    )
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)

@@ -100,29 +100,33 @@ def muon(
   Args:
     axes: from `jaxmix.models.abstract_parameters`.
     learning_rate: a number, or a schedule of the step.
-    momentum: of Muon.   b1, b2: of Adam.   weight_decay: of matrices, times the learning
-      rate.   clip_norm: None means no clipping.
+    momentum: of Muon.   b1, b2: of Adam, which optax gives Nesterov momentum here.
+    weight_decay: of matrices, times the learning rate.   clip_norm: None means no clipping.
   Source: Jordan et al. 2024, Muon; Liu et al. 2025 (arXiv 2502.16982) for the scale.
   """
   decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
-  transformation = optax.contrib.muon(
-    learning_rate,
+  # optax's Muon decays all that it leaves to Adam, norms and biases too. So it gives the direction
+  # alone (a rate of -1 keeps its sign), and decay and learning rate follow.
+  direction = optax.contrib.muon(
+    -1.0,
     beta=momentum,
     adam_b1=b1,
     adam_b2=b2,
-    weight_decay=weight_decay,
-    adam_weight_decay=weight_decay,
-    weight_decay_mask=decays,
     consistent_rms=0.2,
     muon_weight_dimension_numbers=jax.tree.map(matrix_dimensions, axes),
   )
-  return optax.chain(_clip(clip_norm), transformation)
+  return optax.chain(
+    _clip(clip_norm),
+    direction,
+    optax.add_decayed_weights(weight_decay, decays),
+    optax.scale_by_learning_rate(learning_rate),
+  )
 
 
 def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
   """Which array axes of a parameter are the rows and the columns of its matrix; None where it is
   not a linear map."""
-  if axes.inputs is None:
+  if not axes.inputs:
     return None
   first = int(axes.names[0] == "layers")
   split = first + axes.inputs

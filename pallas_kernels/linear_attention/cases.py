@@ -1,4 +1,5 @@
-"""Named shapes of causal linear attention, for the tests and the benchmarks of every implementation."""
+"""Named shapes of causal linear attention, for the tests and the benchmarks of every
+implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The training step compiled for a TPU pod slice that is not here: it fits, and holds the kernels."""
+"""The training step compiled for a TPU pod slice that is not here: it fits, and holds the
+kernels."""
 
 from __future__ import annotations
 
@@ -30,18 +31,19 @@ model = functools.partial(
 )
 with jax.set_mesh(mesh):
   step = TrainStep(model, functools.partial(adamw, learning_rate=1e-3), mesh=mesh)
-  dtypes = dict(inputs=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
   place = sharding.named_sharding(("batch", None), (8, 512), mesh)
-  batch = {name: jax.ShapeDtypeStruct((8, 512), dtype, sharding=place) for name, dtype in dtypes.items()}
+  integers = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=place)
+  batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), integers)
+  batch["weights"] = jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=place)
   state = step.abstract_state()
   compiled = step.update.lower(state, batch).compile()
 
 def bytes_of(x):
   return x.dtype.itemsize * functools.reduce(int.__mul__, x.sharding.shard_shape(x.shape), 1)
 
-memory = compiled.memory_analysis()
+memory, lines = compiled.memory_analysis(), compiled.as_text().splitlines()
 print("RESULT", json.dumps({
-  "calls": [line.split(" = ")[0] for line in compiled.as_text().splitlines() if "tpu_custom_call" in line],
+  "calls": [line.split(" = ")[0] for line in lines if "tpu_custom_call" in line],
   "state": sum(map(bytes_of, jax.tree.leaves(state))),
   "batch": sum(map(bytes_of, jax.tree.leaves(batch))),
   "arguments": memory.argument_size_in_bytes,
@@ -53,7 +55,8 @@ print("RESULT", json.dumps({
 
 @pytest.fixture(scope="module")
 def compiled(repository) -> dict:
-  """What the compiler says of a hybrid of both mixers, in bfloat16, rematerialised, cut three ways over v5e:2x4."""
+  """What the compiler says of a hybrid of both mixers, in bfloat16, rematerialised, cut three ways
+  over v5e:2x4."""
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed: pip install 'jaxmix[tpu]' to compile for TPUs from here")
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -77,13 +80,16 @@ def test_kernel_is_present(compiled):
 
 
 def test_memory(compiled):
-  """A device holds its part of the state, updated in place, and needs no more than its part of the activations."""
+  """A device holds its part of the state, updated in place, and needs no more than its part of the
+  activations."""
   # The compiler pads small arrays to whole tiles of 4 KiB; there are about 100 arrays.
   padding = 100 * 4096
   assert compiled["arguments"] <= compiled["state"] + compiled["batch"] + padding
   assert compiled["aliased"] >= compiled["state"]
-  # 2 rows of 512 a device: logits in float32 and their gradient in bfloat16; one layer, recomputed, with about 20
-  # arrays as wide as the model in float32 and 3 as wide as the MLP (of width 704) forward and backward; gradients.
+  # 2 rows of 512 a device: logits in float32 and their gradient in bfloat16; one layer, recomputed,
+  # with about 20
+  # arrays as wide as the model in float32 and 3 as wide as the MLP (of width 704) forward and
+  # backward; gradients.
   tokens = 2 * 512
   budget = tokens * (1024 * 6 + 20 * 256 * 4 + 2 * 3 * 704 * 4) + compiled["state"]
   assert compiled["temporaries"] <= budget, f"{compiled['temporaries']:,} bytes, budget {budget:,}"

@@ -1,4 +1,5 @@
-"""Splash attention behind this project's layout: its values in interpret mode, and where programs hold it."""
+"""Splash attention behind this project's layout: its values in interpret mode, and where programs
+hold it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def outputs_and_gradients(attention, arrays, weights):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_definition(case, errors, rounding):
-  """In interpret mode the kernel is as near to the definition in float64 as jax's form is, within a factor of two."""
+  """In interpret mode the kernel is as near to the definition in float64 as jax's form is, within a
+  factor of two."""
   inputs = {name: x.astype(np.float32) for name, x in case.inputs().items()}
   ids, scale = case.segment_ids(), case.key_dim**-0.5
   options = {"visibility": "causal" if case.causal else "full", "window": case.window}
@@ -62,14 +64,16 @@ def test_definition(case, errors, rounding):
     double = jax.tree.map(lambda x: x.astype(np.float64), (inputs, weights))
     exact = outputs_and_gradients(op("reference"), *double)
   for name, expected in exact.items():
-    # The kernel's backward takes the difference of two sums of V products that jax's form rounds as one.
+    # The kernel's backward takes the difference of two sums of V products that jax's form rounds as
+    # one.
     rest = rounding(jnp.float32, 2 if name == "y" else 2 * case.value_dim)
     of_kernel, of_xla = errors(found[name], expected), errors(by_xla[name], expected)
     for kernel_error, xla_error, kind in zip(
       of_kernel[:2], of_xla[:2], ("RMS", "largest"), strict=True
     ):
       assert kernel_error <= 2 * xla_error + rest, (
-        f"{case.name}, {name}: {kind} error {kernel_error:.1e}, xla {xla_error:.1e}, worst at {of_kernel[2]}"
+        f"{case.name}, {name}: {kind} error {kernel_error:.1e}, xla {xla_error:.1e}, "
+        f"worst at {of_kernel[2]}"
       )
 
 
@@ -81,7 +85,8 @@ def test_refusal(length):
 
 @pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False), ("cuda", False)])
 def test_chosen_when_lowered(platform, holds):
-  """implementation=None gives the kernel to programs lowered for TPU and to no others, forward and backward."""
+  """implementation=None gives the kernel to programs lowered for TPU and to no others, forward and
+  backward."""
   q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
 
   def loss(q, k, v):
@@ -96,7 +101,8 @@ def test_chosen_when_lowered(platform, holds):
 
 
 def test_demand_is_lowered_everywhere():
-  """implementation="tpu" puts the kernel into a program for any platform: one that has no TPU refuses it."""
+  """implementation="tpu" puts the kernel into a program for any platform: one that has no TPU
+  refuses it."""
   q = jax.ShapeDtypeStruct((1, 128, 1, 8), jnp.float32)
   program = jax.jit(lambda q: ops.attention(q, q, q, implementation="tpu")[0])
   with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):

@@ -1,4 +1,5 @@
-"""Linear maps, norms, MLPs, embeddings, rotary positions and dropout, against plain float64 numpy."""
+"""Linear maps, norms, MLPs, embeddings, rotary positions and dropout, against plain float64
+numpy."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def test_linear_contracts_trailing_axes(close, exact):
 
 
 def test_linear_keeps_the_variance():
-  """Unit inputs give unit outputs at the start; the standard error of 512 * 1024 samples is 0.002."""
+  """Unit inputs give unit outputs at the start; the standard error of 512 * 1024 samples is
+  0.002."""
   linear = layers.Linear({"embed": 512}, {"mlp": 1024}, rngs=RNGS)
   assert abs(float(jnp.std(linear(jnp.asarray(normal(512, 512), jnp.float32)))) - 1) < 0.01
 
@@ -110,7 +112,8 @@ def test_rotary_reads_relative_positions(close, rounding):
     turned = [layers.rotary(z, positions + shift) for z in (q, k)]
     return jnp.einsum("bthk,bshk->bhts", *turned)
 
-  # An angle of 2000 radians is off by half a unit in its last place, 6e-5 radians, and so is a score.
+  # An angle of 2000 radians is off by half a unit in its last place, 6e-5 radians, and so is a
+  # score.
   angle = 2100 * rounding(np.float32, 2)
   close(scores(100), scores(0), tolerance=angle)
   turned = layers.rotary(q, positions)

@@ -44,7 +44,8 @@ class Case:
 def attention(
   name: str, pairs: Callable[[int], int], *, key_dim: int = DIM, exceptions=None, **options
 ) -> Case:
-  """A case of Attention: `pairs(length)` counts the visible pairs, `key_dim` the channels of all key heads."""
+  """A case of Attention: `pairs(length)` counts the visible pairs, `key_dim` the channels of all
+  key heads."""
   return Case(
     f"attention_{name}",
     functools.partial(Attention, DIM, heads=4, max_length=128, **options),
@@ -57,7 +58,8 @@ def attention(
 
 
 def linear(name: str, *, key_dim: int = 8, value_dim: int = 8, **options) -> Case:
-  """A case of LinearAttention: every token is one outer product and one product with the state, in each of 4 heads."""
+  """A case of LinearAttention: every token is one outer product and one product with the state, in
+  each of 4 heads."""
   return Case(
     f"linear_attention_{name}",
     functools.partial(
@@ -77,6 +79,7 @@ def band(width: int) -> Callable[[int], int]:
   return lambda length: sum(min(position + 1, width) for position in range(length))
 
 
+_LAWS_OF_STREAMS = ("split", "split_packed", "step", "causality", "streaming")
 _WHOLE_ROW = "every token sees the later ones"
 _COUNTS_PADDING = "padding inside a document counts towards the window"
 
@@ -85,7 +88,7 @@ CASES = [
   attention("grouped", triangle, key_heads=2, key_dim=16, position_encoding="none"),
   attention("window", band(9), window=9, exceptions={"padding_inside": _COUNTS_PADDING}),
   attention("full", lambda length: length**2, visibility="full",
-            exceptions=dict.fromkeys(("split", "split_packed", "step", "causality", "streaming"), _WHOLE_ROW)),
+            exceptions=dict.fromkeys(_LAWS_OF_STREAMS, _WHOLE_ROW)),
   linear("sum"),
   linear("rms", normalizer="rms", feature_map="relu", key_dim=4, value_dim=12),
   linear("none", normalizer="none", feature_map="identity"),
@@ -93,7 +96,8 @@ CASES = [
 
 
 class Subject:
-  """A case with its mixer and its jitted call, shared by the laws so that each shape compiles once."""
+  """A case with its mixer and its jitted call, shared by the laws so that each shape compiles
+  once."""
 
   def __init__(self, case: Case):
     self.case = case

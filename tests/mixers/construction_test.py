@@ -25,13 +25,16 @@ from jaxmix.mixers import MIXERS, Attention, LinearAttention
     (functools.partial(Attention, 12, heads=4),
      "Attention: rotary positions turn pairs of channels, head_dim=3 is odd; use an even head_dim"),
     (functools.partial(LinearAttention, 30, heads=4),
-     "LinearAttention: dim=30 is not a multiple of heads=4; try heads=2 or set key_dim and value_dim"),
+     "LinearAttention: dim=30 is not a multiple of heads=4; try heads=2 or set key_dim and "
+     "value_dim"),
     (functools.partial(LinearAttention, 32, heads=4, feature_map="exp"),
-     "LinearAttention: feature_map='exp' is unknown; expected one of elu_plus_one, relu, softmax, identity"),
+     "LinearAttention: feature_map='exp' is unknown; expected one of elu_plus_one, relu, "
+     "softmax, identity"),
     (functools.partial(LinearAttention, 32, heads=4, normalizer="layer"),
      "LinearAttention: normalizer='layer' is unknown; expected one of sum, rms, none"),
     (functools.partial(LinearAttention, 32, heads=4, feature_map="identity"),
-     'LinearAttention: normalizer="sum" divides by weights that feature_map="identity" lets be zero; use normalizer="rms"'),
+     'LinearAttention: normalizer="sum" divides by weights that feature_map="identity" lets be '
+     'zero; use normalizer="rms"'),
   ],
 )  # fmt: skip
 def test_errors(make, text):
@@ -45,12 +48,13 @@ def test_full_visibility_has_no_state():
   with pytest.raises(ValueError) as error:
     mixer.init_state(1)
   assert str(error.value) == (
-    'Attention: visibility="full" cannot stream, since every token sees the later ones; use visibility="causal"'
+    'Attention: visibility="full" cannot stream, since every token sees the later ones; use '
+    'visibility="causal"'
   )
 
 
 def test_every_mixer_has_a_name():
-  assert MIXERS == {"attention": Attention, "linear_attention": LinearAttention}
+  assert {"attention": Attention, "linear_attention": LinearAttention} == MIXERS
 
 
 @pytest.mark.parametrize("feature_map", ["elu_plus_one", "relu", "softmax"])

@@ -1,7 +1,7 @@
-"""The laws of a mixer, in float64: what must come out the same in two ways, values and gradients alike."""
+"""The laws of a mixer, in float64: what must come out the same in two ways, values and gradients
+alike."""
 
 from __future__ import annotations
-
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 
 BATCH, LENGTH, TAIL, DOCUMENT = 2, 107, 9, 33
-# Where each document of a row begins; all are of one length, so that they can be run apart as one batch.
+# Where each document of a row begins; all are of one length, so that they can be run apart as one
+# batch.
 PACKED = ((0, 33, 66), (0, 33, 66))
 PADDED = ((0, 35, 74), (3, 36, 71))  # padding before, between and behind
 
 
 @pytest.fixture
 def tolerance(subject64, rounding) -> float:
-  """What rounding leaves: a channel passes through four maps of width 32 and a sum over the tokens, and back."""
+  """What rounding leaves: a channel passes through four maps of width 32 and a sum over the tokens,
+  and back."""
   return rounding(subject64.case.computes_in, 2 * (4 * 32 + LENGTH))
 
 
-# Arrays are made and cut by numpy: every jax operation outside jit would be a program of its own to compile.
+# Arrays are made and cut by numpy: every jax operation outside jit would be a program of its own to
+# compile.
 def rows(batch: int, length: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=(batch, length, 32))
 
@@ -83,7 +86,8 @@ def assert_packing(mixer, layout, close, tolerance):
 
 
 def test_packing(subject64, close, tolerance):
-  """Documents packed into rows give the outputs, the state and the gradients of the documents apart."""
+  """Documents packed into rows give the outputs, the state and the gradients of the documents
+  apart."""
   assert_packing(subject64.mixer, PACKED, close, tolerance)
 
 
@@ -93,7 +97,8 @@ def test_padding(subject64, close, tolerance):
 
 
 def test_definition(subject64, close, tolerance):
-  """The implementation chosen is the reference: outputs, gradients, also through the state handed on."""
+  """The implementation chosen is the reference: outputs, gradients, also through the state handed
+  on."""
   ids = ids_of(PADDED)
   arrays = (
     rows(BATCH, LENGTH),
@@ -210,7 +215,8 @@ def test_step(subject64, close, tolerance):
 
 @pytest.mark.parametrize("layout", [None, PACKED], ids=["one_document", "packed"])
 def test_causality(subject64, layout):
-  """Changing x[t:] leaves y[:t] unchanged, bitwise: a later token has weight zero, not a small one."""
+  """Changing x[t:] leaves y[:t] unchanged, bitwise: a later token has weight zero, not a small
+  one."""
   x, ids, t = rows(BATCH, LENGTH), None if layout is None else ids_of(layout), 40
   before = np.asarray(subject64(x, segment_ids=ids)[0])
   changed = np.where(np.arange(LENGTH)[:, None] < t, x, -1e6 * x)

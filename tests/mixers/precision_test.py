@@ -24,7 +24,8 @@ def exact(subject, x) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_dtype(subject, dtype):
-  """Outputs have the dtype of the inputs; a recurrent state is float32, a cache is as its inputs."""
+  """Outputs have the dtype of the inputs; a recurrent state is float32, a cache is as its
+  inputs."""
   y, state = subject(rows(BATCH, 9, dtype))
   assert y.dtype == dtype
   if isinstance(state, jax.Array):
@@ -45,12 +46,14 @@ def test_drift(subject, errors, rounding):
     errors(y[:, start : start + 256], expected[:, start : start + 256])[0]
     for start in range(0, 1024, 256)
   ]
-  # q, k, v, phi(q), phi(k), the weights, the state as it is read, y, its norm and the output are rounded to bfloat16.
+  # q, k, v, phi(q), phi(k), the weights, the state as it is read, y, its norm and the output are
+  # rounded to bfloat16.
   assert max(quarters) <= rounding(jnp.bfloat16, 10)
   assert quarters[-1] <= 2 * quarters[0]
 
 
-# Linear attention without a sum of weights is cubic in x, and its norm squares that: 1e4 ** 6 is within float32.
+# Linear attention without a sum of weights is cubic in x, and its norm squares that: 1e4 ** 6 is
+# within float32.
 @pytest.mark.parametrize("size", [1e-6, 1e4], ids=["tiny", "huge"])
 def test_extremes(subject, size, errors, rounding):
   """Tiny and huge inputs give finite outputs that are right, and finite gradients."""

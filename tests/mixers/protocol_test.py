@@ -1,4 +1,5 @@
-"""The protocol of a mixer: a pytree that plain transforms take, that no call writes to, and that counts its work."""
+"""The protocol of a mixer: a pytree that plain transforms take, that no call writes to, and that
+counts its work."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_parameters_declare_their_axes(subject):
 
 
 def test_flops(subject):
-  """flops is a positive int, the count by hand, and grows with the square of the length only where all pairs are seen."""
+  """flops is a positive int, the count by hand, and grows with the square of the length only where
+  all pairs are seen."""
   case, mixer = subject.case, subject.mixer
   for batch, length in ((1, 1), (2, 70), (3, 1000)):
     count = mixer.flops(batch, length)

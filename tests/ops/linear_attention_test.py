@@ -1,4 +1,5 @@
-"""The op linear_attention: its chunked form against the definition and against published reference programs."""
+"""The op linear_attention: its chunked form against the definition and against published reference
+programs."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_definition(case, close, rounding):
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 1000])
 def test_chunk_size(chunk_size, close, rounding):
-  """The chunk size changes nothing: one token, several chunks in a document, more than the length."""
+  """The chunk size changes nothing: one token, several chunks in a document, more than the
+  length."""
   compare(NAMED["many_documents"], close, rounding, chunk_size=chunk_size)
 
 
@@ -72,7 +74,8 @@ def test_precision(dtype, implementation, errors, rounding):
     exact = outputs_and_gradients(
       double(inputs), double(weights), segment_ids, implementation="reference"
     )
-  # float32: the sums. bfloat16: the roundings of scores or state, of the cotangent, and of the result.
+  # float32: the sums. bfloat16: the roundings of scores or state, of the cotangent, and of the
+  # result.
   operations = case.length + case.key_dim + case.value_dim if dtype == np.float32 else 4
   for (path, leaf), expected in zip(
     jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True
@@ -88,7 +91,8 @@ def test_precision(dtype, implementation, errors, rounding):
 @pytest.mark.parametrize("name", ["basic", "h0", "normalized", "normalized_h0"])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_golden(golden, name, implementation, close):
-  """Outputs, states and gradients of a reference program, also with the sum of keys as the last state column."""
+  """Outputs, states and gradients of a reference program, also with the sum of keys as the last
+  state column."""
   data = dict(np.load(golden / "linear_attention" / f"linear_attn__{name}.npz"))
   data = {key: x.astype(np.float64) for key, x in data.items()}
   normalize = name.startswith("normalized")
@@ -122,11 +126,11 @@ def test_golden(golden, name, implementation, close):
 
 def test_no_tokens():
   """Length 0 gives no output and hands the state on."""
-  arrays = NAMED["one_token"].inputs()
-  y, state = ops.linear_attention(*(jnp.asarray(arrays[name][:, :0], jnp.float32) for name in "qkv"),
-                                  state=jnp.asarray(arrays["state"], jnp.float32))  # fmt: skip
+  arrays = {name: jnp.asarray(x, np.float32) for name, x in NAMED["one_token"].inputs().items()}
+  q, k, v = (arrays[name][:, :0] for name in "qkv")
+  y, state = ops.linear_attention(q, k, v, state=arrays["state"])
   assert y.shape == (2, 0, 2, 8)
-  np.testing.assert_array_equal(state, arrays["state"].astype(np.float32))
+  np.testing.assert_array_equal(state, arrays["state"])
 
 
 def test_padding_of_nan_is_inert():
@@ -146,19 +150,25 @@ def test_padding_of_nan_is_inert():
   ("shapes", "options", "text"),
   [
     (((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8)), {},
-     "linear_attention: q, k, v have shapes (1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), expected [B, T, H, K], [B, T, H, K], [B, T, H, V]; "
+     "linear_attention: q, k, v have shapes (1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), expected "
+     "[B, T, H, K], [B, T, H, K], [B, T, H, V]; "
      "repeat the heads of k and v where q has more"),
     (((1, 4, 2, 8),) * 3, {"state": np.zeros((1, 2, 8, 8)), "normalize": True},
-     "linear_attention: state has shape (1, 2, 8, 8), expected (1, 2, 8, 9), that is [B, H, K, V + 1] with normalize=True "
+     "linear_attention: state has shape (1, 2, 8, 8), expected (1, 2, 8, 9), that is [B, H, K, "
+     "V + 1] with normalize=True "
      "(the sum of keys is its last column)"),
     (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 5), np.int32)},
-     "linear_attention: segment_ids is int32[1, 5], expected int32[1, 4], one id a token with 0 for padding"),
+     "linear_attention: segment_ids is int32[1, 5], expected int32[1, 4], one id a token with 0"
+     " for padding"),
     (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 4), np.float32)},
-     "linear_attention: segment_ids is float32[1, 4], expected int32[1, 4], one id a token with 0 for padding"),
+     "linear_attention: segment_ids is float32[1, 4], expected int32[1, 4], one id a token with"
+     " 0 for padding"),
     (((1, 4, 2, 8),) * 3, {"implementation": "cuda"},
-     "linear_attention: implementation='cuda' is unknown; expected None or one of reference, xla, tpu, gpu"),
+     "linear_attention: implementation='cuda' is unknown; expected None or one of reference, "
+     "xla, tpu, gpu"),
     (((1, 4, 2, 8),) * 3, {"implementation": "tpu"},
-     'linear_attention: implementation="tpu" cannot run this call: linear_attention has no tpu kernel; use implementation="xla"'),
+     'linear_attention: implementation="tpu" cannot run this call: linear_attention has no tpu '
+     'kernel; use implementation="xla"'),
   ],
 )  # fmt: skip
 def test_errors(shapes, options, text):

@@ -1,4 +1,5 @@
-"""Which document a token belongs to and where in it it stands, against a plain loop over the tokens."""
+"""Which document a token belongs to and where in it it stands, against a plain loop over the
+tokens."""
 
 from __future__ import annotations
 
