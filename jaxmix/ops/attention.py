@@ -44,7 +44,7 @@ def attention(
     state: the cache of `attention_state`; None means empty. It belongs to the document of the first
       token that is not padding.
     segment_ids: [B, T] int32; a change starts a new document. 0 marks padding, whose output is 0.
-      Padding inside a document counts towards `window`.
+      Padding inside a document counts towards `window` where state is None, and not otherwise.
     visibility: "causal", or "full" (no cache).
     window: tokens that a query sees, itself among them; None means all.
     capacity: slots of the returned cache where state is None; None means `window`, or T without

@@ -81,7 +81,7 @@ def band(width: int) -> Callable[[int], int]:
 
 _LAWS_OF_STREAMS = ("split", "split_packed", "step", "causality", "streaming")
 _WHOLE_ROW = "every token sees the later ones"
-_COUNTS_PADDING = "padding inside a document counts towards the window"
+_COUNTS_PADDING = "without a state, padding inside a document counts towards the window"
 
 CASES = [
   attention("rotary", triangle),

@@ -105,11 +105,15 @@ def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
   return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
+@jax.jit
+def loss_and_gradients(model, batch):
+  return jax.value_and_grad(lambda model: causal_loss(model, batch)[0])(model)
+
+
 def test_remat_changes_nothing(tokens, close, rounding):
   """Every policy gives the loss and the gradients of keeping everything."""
-  loss = jax.jit(jax.value_and_grad(lambda model, batch: causal_loss(model, batch)[0]))
   found = {
-    policy: jax.tree.leaves(loss(decoder(remat=policy), batch_of(tokens)))
+    policy: jax.tree.leaves(loss_and_gradients(decoder(remat=policy), batch_of(tokens)))
     for policy in REMAT_POLICIES
   }
   assert set(found) == {"none", "dots", "full"}
@@ -139,19 +143,22 @@ def test_packing(model, tokens, close, tolerance):
 
 
 def test_state_across_documents(model, tokens, close, tolerance):
-  """A row whose call begins with another id starts afresh; one that begins with the same goes
-  on."""
-  first, rest = tokens[:, :11], tokens[:, 11:]
-  _, state = call(model, first, None, np.full((BATCH, 11), 3, np.int32))
-  _, state = call(model, first, state, np.zeros((BATCH, 11), np.int32))  # padding changes nothing
-  ids = np.repeat([[3], [4]], LENGTH - 11, axis=1).astype(np.int32)
-  ids[:, 0] = 0
-  logits, after = call(model, rest, state, ids)
-  same = np.concatenate([first, rest[:, 1:]], axis=1)
-  close(logits[0, 1:], call(model, same)[0][0, 11:], tolerance=tolerance)
-  close(logits[1, 1:], call(model, rest[:, 1:])[0][1], tolerance=tolerance)
-  np.testing.assert_array_equal(after["position"], [LENGTH - 1, LENGTH - 12])
-  np.testing.assert_array_equal(after["segment_id"], [3, 4])
+  """A row whose call begins with another id starts afresh; with the same id it goes on."""
+  ids = np.repeat([[3, 3, 3], [3, 0, 4]], (11, 1, LENGTH - 12), axis=1).astype(np.int32)
+  whole, last = call(model, tokens, None, ids)
+  _, state = call(model, tokens[:, :12], None, ids[:, :12])
+  logits, after = call(model, tokens[:, 12:], state, ids[:, 12:])
+  close(logits, np.asarray(whole)[:, 12:], tolerance=tolerance)
+  for name, expected in (("position", [LENGTH, LENGTH - 12]), ("segment_id", [3, 4])):
+    np.testing.assert_array_equal(after[name], expected)
+    np.testing.assert_array_equal(last[name], expected)
+
+
+def test_padding_changes_no_state(model, tokens):
+  """A call of padding leaves every row in its document, at its position."""
+  _, state = call(model, tokens[:, :12], None, np.full((BATCH, 12), 3, np.int32))
+  _, after = call(model, tokens[:, 12:], state, np.zeros((BATCH, 12), np.int32))
+  jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_no_tokens(model):
@@ -182,11 +189,10 @@ def test_bfloat16(tokens, errors, rounding):
     jax.eval_shape(lambda model: model(tokens)[0], model),
   )
   assert features.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-  loss = jax.jit(jax.value_and_grad(lambda model, batch: causal_loss(model, batch)[0]))
-  value, gradients = loss(model, batch_of(tokens))
+  value, gradients = loss_and_gradients(model, batch_of(tokens))
   assert value.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype(np.float32)}
-  exact_value, exact = loss(decoder(), batch_of(tokens))
+  exact_value, exact = loss_and_gradients(decoder(remat="none"), batch_of(tokens))
   # Each of 4 layers rounds about 10 results to bfloat16 on the way in, and as many on the way back.
   for found, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact), strict=True):
     assert errors(found, expected)[0] <= rounding(jnp.bfloat16, 2 * 4 * 10)
