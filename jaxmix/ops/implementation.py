@@ -68,7 +68,7 @@ def explain_implementation(function: Callable, *args) -> list[str]:
 
   Args:
     function: any function of arrays that calls ops with `implementation=None`; it is traced, not
-      run.
+      run. Give it as it is before `jax.jit`, which would answer from its cache.
     args: its arguments: arrays or jax.ShapeDtypeStruct.
   Returns:
     One line an op and outcome, in order of first use, such as
@@ -77,9 +77,8 @@ def explain_implementation(function: Callable, *args) -> list[str]:
   with contextlib.ExitStack() as stack:
     lines: list[str] = []
     stack.callback(_record.reset, _record.set(lines))
-    jax.eval_shape(
-      lambda *args: function(*args), *args
-    )  # a fresh function, so that nothing is answered from a cache
+    # A fresh function, so that nothing is answered from a cache.
+    jax.eval_shape(lambda *args: function(*args), *args)
   return list(dict.fromkeys(lines))
 
 
