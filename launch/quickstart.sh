@@ -34,14 +34,15 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TPU_SKIP_MDS_QUERY=1
 
 step() { printf '\n== %s\n' "$*"; }
 
-step "Training a small linear-attention model on the source text of Python's standard library"
+step "Training a small hybrid of linear and local attention on the source text of Python's standard library"
 "$python" launch/train.py --gin_file configs/runs/quickstart.gin --workdir "$workdir" ${settings[@]+"${settings[@]}"}
 
 step "Evaluating it: bits per byte over the whole test split"
 "$python" launch/evaluate.py --workdir "$workdir" --split test
 
 step "Sampling from it"
-"$python" launch/generate.py --workdir "$workdir" --prompt 'def main(' --max_new_tokens 300 --temperature 0.5 --seed 1
+"$python" launch/generate.py --workdir "$workdir" --prompt '    def __init__(self' \
+  --max_new_tokens 300 --temperature 0.8 --top_p 0.9 --seed 1
 
 step "Done. The loss curve is $workdir/loss.png"
 cat <<NEXT
