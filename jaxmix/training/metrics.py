@@ -35,9 +35,8 @@ _SHORT = {
 # Dense bfloat16 peak, FLOP/s of one jax device, by its `device_kind`. TPU: the page of each version
 # in the Cloud TPU documentation, "Peak compute per chip (BF16)"; a chip has two names where libtpu
 # and the documentation differ. A TPU7x chip is two jax devices, every other chip here is one.
-# NVIDIA: matrix multiply with float32 accumulation, without sparsity. A100 datasheet; H100 and H200
-# datasheets (printed with sparsity, halved here); GA102 whitepaper, appendix C; Ada whitepaper,
-# appendix A; HGX B200 (Blackwell) datasheet.
+# NVIDIA: matrix multiply with float32 accumulation, without sparsity, as the figures of the data
+# sheets are commonly quoted; the sheets themselves have not been compared.
 _PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,

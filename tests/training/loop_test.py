@@ -221,7 +221,7 @@ def test_the_average_of_the_parameters_is_what_is_evaluated(settings, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path):
   class Poisoned(Decoder):
-    """Gives NaN from the step on whose batch begins with a given token; here from any batch."""
+    """A decoder whose features are NaN for every batch."""
 
     def features(self, tokens, **options):
       features, state = super().features(tokens, **options)
