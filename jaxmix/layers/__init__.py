@@ -1,11 +1,16 @@
-"""What models share: linear maps, norms, MLPs, embeddings, rotary positions, the residual block."""
+"""What models share: linear maps, norms, MLPs, embeddings, rotary positions, short convolutions,
+projections to heads and back, the residual block."""
 
 from jaxmix.layers.block import Block, dropout
+from jaxmix.layers.decay_gates import SoftplusDecay, log_sigmoid_decay
 from jaxmix.layers.embedding import Embedding
+from jaxmix.layers.head_mixer import HeadMixer, head_channels
+from jaxmix.layers.heads import GatedOutput, HeadProjection, LowRank, l2_norm
 from jaxmix.layers.linear import Linear
 from jaxmix.layers.mlp import MLPS, DenseMLP, GatedMLP
 from jaxmix.layers.norms import NORMS, LayerNorm, RMSNorm
 from jaxmix.layers.rotary import rotary
+from jaxmix.layers.short_convolution import ShortConvolution
 
 __all__ = [
   "MLPS",
@@ -14,9 +19,18 @@ __all__ = [
   "DenseMLP",
   "Embedding",
   "GatedMLP",
+  "GatedOutput",
+  "HeadMixer",
+  "HeadProjection",
   "LayerNorm",
   "Linear",
+  "LowRank",
   "RMSNorm",
+  "ShortConvolution",
+  "SoftplusDecay",
   "dropout",
+  "head_channels",
+  "l2_norm",
+  "log_sigmoid_decay",
   "rotary",
 ]

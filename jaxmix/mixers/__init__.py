@@ -3,13 +3,35 @@
     mixer(x, *, state=None, segment_ids=None, positions=None) -> (y, state)     # x, y [B, T, D]
     mixer.init_state(batch_size, *, dtype=float32) -> state
     mixer.flops(batch, length) -> int
+    mixer.place(layer, layers)      # where something at first depends on the depth; called once
 
 `MIXERS` names them for the patterns of models.
 """
 
 from jaxmix.mixers.attention import Attention
+from jaxmix.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
+from jaxmix.mixers.gla import GLA
+from jaxmix.mixers.hgrn2 import HGRN2
+from jaxmix.mixers.hla import HLA
+from jaxmix.mixers.lightning import Lightning
 from jaxmix.mixers.linear_attention import LinearAttention
+from jaxmix.mixers.mamba2 import Mamba2
+from jaxmix.mixers.retnet import RetNet
+from jaxmix.mixers.simple_gla import SimpleGLA
 
-MIXERS = {"attention": Attention, "linear_attention": LinearAttention}
+MIXERS = {
+  "attention": Attention,
+  "deltanet": DeltaNet,
+  "gated_deltanet": GatedDeltaNet,
+  "gla": GLA,
+  "hgrn2": HGRN2,
+  "hla": HLA,
+  "kda": KDA,
+  "lightning": Lightning,
+  "linear_attention": LinearAttention,
+  "mamba2": Mamba2,
+  "retnet": RetNet,
+  "simple_gla": SimpleGLA,
+}
 
-__all__ = ["MIXERS", "Attention", "LinearAttention"]
+__all__ = ["MIXERS", *(mixer.__name__ for mixer in MIXERS.values())]

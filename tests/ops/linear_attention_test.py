@@ -1,9 +1,9 @@
-"""The op linear_attention: its chunked form against the definition and against published reference
-programs."""
+"""The op linear_attention against published reference programs, with and without its normaliser."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,95 +11,64 @@ import numpy as np
 import pytest
 
 from jaxmix import ops
-from pallas_kernels.linear_attention.cases import CASES
 
-NAMED = {case.name: case for case in CASES}
+IMPLEMENTATIONS = ("xla", "reference")
+EXACT = 1e-10  # the tolerance that the golden files are published with
+OF_TILES = 2e-6  # their results are stored in float32
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "normalize", "chunk_size", "scale"))
-def outputs_and_gradients(arrays, weights, segment_ids, **options):
-  """y, S_T, and the gradients of their weighted sum with respect to q, k, v and S_0."""
+@functools.partial(jax.jit, static_argnames=("implementation", "normalize", "scale"))
+def outputs_and_gradients(arrays, weights, **options):
+  """y, S_T, and the gradients of their weighted sum with respect to every array."""
 
   def weighted(arrays):
-    state = arrays.get("state")
-    y, state = ops.linear_attention(
-      arrays["q"], arrays["k"], arrays["v"], state=state, segment_ids=segment_ids, **options
-    )
+    y, state = ops.linear_attention(**arrays, **options)
     out = {"y": y, "state": state}
-    return sum(jnp.sum(out[name] * weights[name]) for name in weights), out
+    return sum(jnp.sum(out[name] * weights[name]) for name in out), out
 
   gradients, out = jax.grad(weighted, has_aux=True)(arrays)
   return {"out": out, "gradients": gradients}
 
 
-def weights_of(case) -> dict[str, np.ndarray]:
-  inputs = case.inputs(seed=1)
-  return {"y": inputs["v"], "state": inputs["state"]}
+def load(golden, name) -> dict[str, np.ndarray]:
+  data = np.load(golden / "linear_attention" / f"{name}.npz")
+  return {key: data[key].astype(np.float64) for key in data.files}
 
 
-def compare(case, close, rounding, **options):
-  """The chunked form and the reference, both in float64."""
-  arrays = case.inputs(), weights_of(case), case.segment_ids()
-  with jax.enable_x64(True):
-    chunked = outputs_and_gradients(*arrays, implementation="xla", **options)
-    definition = outputs_and_gradients(*arrays, implementation="reference")
-  tolerance = rounding(jnp.float64, 2 * (case.length + case.key_dim + case.value_dim))
-  close(chunked, definition, tolerance=tolerance)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_definition(case, close, rounding):
-  """Values and gradients of every input are those of the recurrence."""
-  compare(case, close, rounding)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 16, 1000])
-def test_chunk_size(chunk_size, close, rounding):
-  """The chunk size changes nothing: one token, several chunks in a document, more than the
-  length."""
-  compare(NAMED["many_documents"], close, rounding, chunk_size=chunk_size)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_precision(dtype, implementation, errors, rounding):
-  """In float32 and bfloat16 the errors against float64 are those of rounding."""
-  case = NAMED["many_documents"]
-  inputs, segment_ids = case.inputs(), case.segment_ids()
-  inputs = {name: x.astype(np.float32 if name == "state" else dtype) for name, x in inputs.items()}
-  weights = {name: x.astype(np.float32) for name, x in weights_of(case).items()}
-  found = outputs_and_gradients(inputs, weights, segment_ids, implementation=implementation)
-  with jax.enable_x64(True):
-    double = lambda tree: jax.tree.map(lambda x: x.astype(np.float64), tree)  # noqa: E731
-    exact = outputs_and_gradients(
-      double(inputs), double(weights), segment_ids, implementation="reference"
-    )
-  # float32: the sums. bfloat16: the roundings of scores or state, of the cotangent, and of the
-  # result.
-  operations = case.length + case.key_dim + case.value_dim if dtype == np.float32 else 4
-  for (path, leaf), expected in zip(
-    jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True
-  ):
-    rms, largest, worst = errors(leaf, expected)
-    assert max(rms, largest) <= rounding(dtype, operations), (
-      f"{path}: {rms:.1e}, {largest:.1e} at {worst}"
-    )
-  assert found["out"]["y"].dtype == dtype and found["out"]["state"].dtype == np.float32
-  assert found["gradients"]["q"].dtype == dtype and found["gradients"]["state"].dtype == np.float32
-
-
-@pytest.mark.parametrize("name", ["basic", "h0", "normalized", "normalized_h0"])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [
+  "linear_attn__basic", "linear_attn__h0", "retention__basic", "lightning__h0",
+  "simple_gla__mild", "simple_gla__mild_h0", "simple_gla__strong_h0", "gla__mild", "gla__mild_h0",
+  "gla__strong_h0", "tile__gla",
+])  # fmt: skip
 def test_golden(golden, name, implementation, close):
-  """Outputs, states and gradients of a reference program, also with the sum of keys as the last
-  state column."""
-  data = dict(np.load(golden / "linear_attention" / f"linear_attn__{name}.npz"))
-  data = {key: x.astype(np.float64) for key, x in data.items()}
-  normalize = name.startswith("normalized")
+  """Outputs, states and gradients of reference programs: no decay, one a head, a token, a
+  channel."""
+  data = load(golden, name)
+  given = {"q": "q", "k": "k", "v": "v", "g": "g", "state": "h0"}
+  arrays = {key: data[stored] for key, stored in given.items() if stored in data}
+  gradients = {key: data[f"d{given[key]}"] for key in arrays}
+  constant = next((data[key] for key in ("log_gamma", "g_gamma") if key in data), None)
+  with jax.enable_x64(True):
+    found = outputs_and_gradients(
+      arrays if constant is None else arrays | {"g": constant},
+      {"y": data["do"], "state": data["dht"]},
+      implementation=implementation,
+      scale=float(data["scale"]),
+    )
+  if constant is not None:
+    assert np.isfinite(found["gradients"].pop("g")).all()  # the files hold no gradient of it
+  expected = {"out": {"y": data["o"], "state": data["ht"]}, "gradients": gradients}
+  close(found, expected, tolerance=OF_TILES if name.startswith("tile") else EXACT)
+
+
+@pytest.mark.parametrize("name", ["normalized", "normalized_h0"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_golden_normalized(golden, name, implementation, close):
+  """The same with the sum of keys as the last column of the state."""
+  data = load(golden, f"linear_attn__{name}")
 
   def with_sum_of_keys(matrix, vector):  # [B, H, K, V], [B, 1, H, K] -> [B, H, K, V + 1]
-    if not normalize:
-      return data[matrix]
     return np.concatenate([data[matrix], np.moveaxis(data[vector], 1, -1)], axis=-1)
 
   arrays = {key: data[key] for key in ("q", "k", "v")}
@@ -107,72 +76,93 @@ def test_golden(golden, name, implementation, close):
   if "h0" in data:
     arrays["state"] = with_sum_of_keys("h0", "z0")
     gradients["state"] = with_sum_of_keys("dh0", "dz0")
-  weights = {"y": data["do"], "state": with_sum_of_keys("dht", "dzt")}
   with jax.enable_x64(True):
     found = outputs_and_gradients(
       arrays,
-      weights,
-      None,
+      {"y": data["do"], "state": with_sum_of_keys("dht", "dzt")},
       implementation=implementation,
-      normalize=normalize,
+      normalize=True,
       scale=float(data["scale"]),
     )
-  expected = {
-    "out": {"y": data["o"], "state": with_sum_of_keys("ht", "zt")},
-    "gradients": gradients,
-  }
-  close(found, expected, tolerance=1e-10)  # the tolerance that the golden files are published with
+  out = {"y": data["o"], "state": with_sum_of_keys("ht", "zt")}
+  close(found, {"out": out, "gradients": gradients}, tolerance=EXACT)
 
 
-def test_no_tokens():
-  """Length 0 gives no output and hands the state on."""
-  arrays = {name: jnp.asarray(x, np.float32) for name, x in NAMED["one_token"].inputs().items()}
-  q, k, v = (arrays[name][:, :0] for name in "qkv")
-  y, state = ops.linear_attention(q, k, v, state=arrays["state"])
-  assert y.shape == (2, 0, 2, 8)
-  np.testing.assert_array_equal(state, arrays["state"])
+@pytest.mark.parametrize("name", ["simple_gla", "gla"])
+def test_golden_of_sequences(golden, name, close):
+  """Sequences of several lengths, one of them empty, each with a state of its own."""
+  data = load(golden, f"varlen__{name}")
+  ends = data["cu_seqlens"].astype(int)
+  found, expected = [], []
+  with jax.enable_x64(True):
+    for n, (start, end) in enumerate(itertools.pairwise(ends)):
+      rows = {key: data[key][:, start:end] for key in ("q", "k", "v", "g")}
+      found.append(
+        outputs_and_gradients(
+          rows | {"state": data["h0"][n : n + 1]},
+          {"y": data["do"][:, start:end], "state": data["dht"][n : n + 1]},
+          scale=float(data["scale"]),
+        )
+      )
+      gradients = {key: data[f"d{key}"][:, start:end] for key in rows}
+      expected.append({
+        "out": {"y": data["o"][:, start:end], "state": data["ht"][n : n + 1]},
+        "gradients": gradients | {"state": data["dh0"][n : n + 1]},
+      })  # fmt: skip
+  close(found, expected, tolerance=EXACT)
 
 
-def test_padding_of_nan_is_inert():
-  """What stands at padding is not read: NaN there reaches neither outputs, state nor gradients."""
-  case = NAMED["many_documents"]
-  arrays = {name: x.astype(np.float32) for name, x in case.inputs().items()}
-  weights = {name: x.astype(np.float32) for name, x in weights_of(case).items()}
-  ids = case.segment_ids()
-  for name in "qkv":
-    arrays[name][ids == 0] = np.nan
-  found = outputs_and_gradients(arrays, weights, ids, implementation="xla")
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-  assert not np.asarray(found["out"]["y"])[ids == 0].any()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_golden_of_mamba2(golden, implementation, close):
+  """The state space dual of Mamba-2: queries C and keys B shared by groups of heads, values dt *
+  x."""
+  data = load(golden, "mamba2_ssd__h0")
+  names = ("x", "dt", "A", "Bm", "Cm", "D", "h0")
+
+  def loss(arrays):
+    x, dt, a, b, c, d, state = (arrays[name] for name in names)
+    y, state = ops.linear_attention(
+      c, b, dt[..., None] * x, g=dt * a, scale=1.0, state=state, implementation=implementation
+    )
+    y = y + d[:, None] * x
+    return jnp.sum(y * data["dy"]) + jnp.sum(state * data["dht"]), {"y": y, "state": state}
+
+  with jax.enable_x64(True):
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))({name: data[name] for name in names})
+  expected = {name: data[f"d{name}"] for name in names}
+  close((out, gradients), ({"y": data["y"], "state": data["ht"]}, expected), tolerance=EXACT)
+
+
+def test_golden_of_hgrn2(golden, close):
+  """HGRN2: the key is what the decay leaves of one."""
+  data = load(golden, "hgrn2__basic")
+
+  def loss(arrays):
+    g = jax.nn.log_sigmoid(arrays["f"])
+    y, state = ops.linear_attention(
+      jax.nn.silu(arrays["q"]), 1 - jnp.exp(g), arrays["v"], g=g, scale=float(data["scale"])
+    )
+    return jnp.sum(y * data["do"]) + jnp.sum(state * data["dht"]), {"y": y, "state": state}
+
+  with jax.enable_x64(True):
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))({key: data[key] for key in "qfv"})
+  expected = {key: data[f"d{key}"] for key in "qfv"}
+  close((out, gradients), ({"y": data["o"], "state": data["ht"]}, expected), tolerance=EXACT)
 
 
 @pytest.mark.parametrize(
-  ("shapes", "options", "text"),
+  ("options", "text"),
   [
-    (((1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8)), {},
-     "linear_attention: q, k, v have shapes (1, 4, 2, 8), (1, 4, 1, 8), (1, 4, 2, 8), expected "
-     "[B, T, H, K], [B, T, H, K], [B, T, H, V]; "
-     "repeat the heads of k and v where q has more"),
-    (((1, 4, 2, 8),) * 3, {"state": np.zeros((1, 2, 8, 8)), "normalize": True},
+    ({"state": np.zeros((1, 2, 8, 8)), "normalize": True},
      "linear_attention: state has shape (1, 2, 8, 8), expected (1, 2, 8, 9), that is [B, H, K, "
-     "V + 1] with normalize=True "
-     "(the sum of keys is its last column)"),
-    (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 5), np.int32)},
-     "linear_attention: segment_ids is int32[1, 5], expected int32[1, 4], one id a token with 0"
-     " for padding"),
-    (((1, 4, 2, 8),) * 3, {"segment_ids": np.zeros((1, 4), np.float32)},
-     "linear_attention: segment_ids is float32[1, 4], expected int32[1, 4], one id a token with"
-     " 0 for padding"),
-    (((1, 4, 2, 8),) * 3, {"implementation": "cuda"},
+     "V + 1] with normalize=True, the sum of keys its last column"),
+    ({"implementation": "cuda"},
      "linear_attention: implementation='cuda' is unknown; expected None or one of reference, "
      "xla, tpu, gpu"),
-    (((1, 4, 2, 8),) * 3, {"implementation": "gpu"},
-     'linear_attention: implementation="gpu" cannot run this call: linear_attention has no gpu '
-     'kernel; use implementation="xla"'),
   ],
 )  # fmt: skip
-def test_errors(shapes, options, text):
-  arrays = (np.zeros(shape, np.float32) for shape in shapes)
+def test_errors(options, text):
+  arrays = (np.zeros((1, 4, 2, 8), np.float32) for _ in range(3))
   with pytest.raises(ValueError) as error:
     ops.linear_attention(*arrays, **options)
   assert str(error.value) == text

@@ -1,0 +1,262 @@
+"""Recurrences of a matrix state in chunks: the form of matrix products, for any decay, with or
+without the delta rule.
+
+What a chunk of C tokens does to the state S before it, and what its queries read, are prepared for
+all chunks at once:
+
+    written = U - W S        y = scale * (Q_in S + A written)        S' = keep * S + K_out^T written
+
+U and W are the values alone (U = V, W = 0) or, with the delta rule, solve (I + M) [U, W] =
+[beta V, beta K_in]. Then only S' runs along the chunks in order. With documents packed in a row, a
+query reads S only while no document has begun since S was taken, and S' keeps only what the chunk's
+last document wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmix.ops import decays
+from jaxmix.ops.products import product, solve_unit_lower
+
+
+class Rows(NamedTuple):
+  """The arrays of a call, a row a token.
+
+  Attributes:
+    q, k, v: [B, T, heads, K or V]; each has the most or the fewest heads among the three, and
+      neighbours share a head.
+    beta: [B, T, H] or None; with it the delta rule.
+    g: None, [H], [B, T, H] or [B, T, H, K], as many heads as the state.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  beta: jax.Array | None
+  g: jax.Array | None
+
+  @property
+  def fewest(self) -> int:
+    """Heads of the arrays that have the fewest."""
+    return min(x.shape[2] for x in (self.q, self.k, self.v))
+
+  @property
+  def state_shape(self) -> tuple[int, int, int, int]:
+    """[B, H, K, V]"""
+    heads = max(self.k.shape[2], self.v.shape[2])
+    return self.q.shape[0], heads, self.q.shape[3], self.v.shape[3]
+
+
+class _Prepared(NamedTuple):
+  """What the chunks are to the state, [B, L, S, N, ...]; see the head of this file."""
+
+  q_in: jax.Array  # C, K
+  scores: jax.Array  # A: C, C
+  k_out: jax.Array  # C, K
+  keep: jax.Array  # K or 1, 1
+  written: jax.Array  # U: C, V
+  erased: jax.Array | None  # W: C, K
+
+
+def forward(rows: Rows, state, documents, *, scale: float, chunk_size: int):
+  """y, S_T and the state before each chunk.
+
+  Args:
+    state: [B, H, K, V].   documents: [B, T] int32 or None, the document of each token.
+    scale: multiplies q.   chunk_size: C, a power of two.
+  Returns:
+    y: [B, T, heads, V], S_T: [B, H, K, V], and [B, L, S, N, K, V].
+  """
+  length = rows.q.shape[1]
+  documents = _cut_documents(documents, chunk_size)
+  prepared = _prepare(rows.v.dtype, documents, _cut_rows(rows, chunk_size))
+  starts, state = _states(prepared, _split_heads(state, rows.fewest), rows.v.dtype)
+  y, _ = _finish(rows.v.dtype, scale, prepared, starts)
+  return _join(y, length), _join_heads(state), starts
+
+
+def backward(rows: Rows, starts, documents, dy, dstate, *, scale: float, chunk_size: int):
+  """Gradients with respect to the rows and S_0.
+
+  Args:
+    starts: what `forward` returned.   dy: [B, T, heads, V].   dstate: [B, H, K, V].
+  """
+  dtype, fewest = rows.v.dtype, rows.fewest
+  documents = _cut_documents(documents, chunk_size)
+  cut, join = jax.vjp(functools.partial(_cut_rows, size=chunk_size), rows)
+  prepared, pull = jax.vjp(functools.partial(_prepare, dtype, documents), cut)
+  dy = _cut(dy.astype(starts.dtype), fewest, chunk_size)
+  dends, dstate = _state_cotangents(
+    dtype, scale, prepared, dy, _split_heads(dstate, fewest), starts.shape
+  )
+  _, finished = jax.vjp(lambda prepared: _finish(dtype, scale, prepared, starts), prepared)
+  (drows,) = join(*pull(*finished((dy, dends))))
+  return drows, _join_heads(dstate)
+
+
+def _prepare(dtype, documents, rows: Rows) -> _Prepared:
+  """Rows are cut into chunks, in float32."""
+  q, k, v, beta, g = rows
+  dot = functools.partial(product, dtype=dtype)
+  visible, reads, writes, keeps = _masks(documents, q.shape[-2])
+  q_in, k_out, keep = q, k, jnp.ones_like(k[..., :1, :1])
+  if g is not None:
+    g = jnp.maximum(g, decays.STRONGEST)
+    until, after = decays.sums_of_chunk(g)
+    q_in, k_out = q * jnp.exp(until), k * jnp.exp(after)
+    keep = jnp.swapaxes(jnp.exp(until[..., -1:, :]), -1, -2)
+  q_in, k_out, keep = _where(reads, q_in), _where(writes, k_out), _where(keeps, keep)
+
+  def scores(q):
+    if g is None:
+      return jnp.where(visible, dot("ck,sk->cs", a=q, b=k), 0)
+    if g.shape[-1] == 1:
+      return dot("ck,sk->cs", a=q, b=k) * decays.pair_decays(g, visible)
+    queries, keys, sums = jnp.broadcast_arrays(q, k, g)
+    return jnp.where(visible, decays.decayed_scores(dtype, queries, keys, sums), 0)
+
+  written, erased = v, None
+  if beta is not None:
+    k_in = k if g is None else k * jnp.exp(until)
+    right = jnp.concatenate([beta * v, beta * _where(reads, k_in)], axis=-1)
+    solved = solve_unit_lower(dtype, beta * jnp.tril(scores(k), -1), right)
+    written, erased = jnp.split(solved, [v.shape[-1]], axis=-1)
+  return _Prepared(q_in, scores(q), k_out, keep, written, erased)
+
+
+def _finish(dtype, scale: float, prepared: _Prepared, starts):
+  """y of all chunks and the states after them, from the states before them."""
+  dot = functools.partial(product, dtype=dtype)
+  written = prepared.written
+  if prepared.erased is not None:
+    written = written - dot("ck,kv->cv", a=prepared.erased, b=starts)
+  y = scale * (
+    dot("ck,kv->cv", a=prepared.q_in, b=starts) + dot("cs,sv->cv", a=prepared.scores, b=written)
+  )
+  return y, prepared.keep * starts + dot("ck,cv->kv", a=prepared.k_out, b=written)
+
+
+def _states(prepared: _Prepared, state, dtype):
+  """The state before each chunk [B, L, S, N, K, V], and the last one."""
+  dot = functools.partial(product, dtype=dtype)
+  if prepared.erased is None:
+    added = dot("ck,cv->kv", a=prepared.k_out, b=prepared.written)
+    return _along_chunks(
+      lambda state, keep, added: keep * state + added, state, (prepared.keep, added)
+    )
+
+  def step(state, keep, k_out, written, erased):
+    written = written - dot("ck,kv->cv", a=erased, b=state)
+    return keep * state + dot("ck,cv->kv", a=k_out, b=written)
+
+  chunks = (prepared.keep, prepared.k_out, prepared.written, prepared.erased)
+  return _along_chunks(step, state, chunks)
+
+
+def _state_cotangents(dtype, scale: float, prepared: _Prepared, dy, dstate, shape):
+  """The cotangent of the state after each chunk, and that of the first state."""
+  dot = functools.partial(product, dtype=dtype)
+
+  def of_state(x):  # queries that share a state add to its cotangent
+    return x.sum(axis=2, keepdims=True) if x.shape[2] > shape[2] else x
+
+  read = of_state(dot("ck,cv->kv", a=prepared.q_in, b=scale * dy))
+  if prepared.erased is None:
+    return _along_chunks(
+      lambda dstate, keep, read: keep * dstate + read, dstate, (prepared.keep, read), reverse=True
+    )
+  dwritten = of_state(dot("cs,cv->sv", a=prepared.scores, b=scale * dy))
+
+  def step(dstate, keep, read, dwritten, k_out, erased):
+    dwritten = dwritten + dot("ck,kv->cv", a=k_out, b=dstate)
+    return keep * dstate + read - dot("ck,cv->kv", a=erased, b=dwritten)
+
+  chunks = (prepared.keep, read, dwritten, prepared.k_out, prepared.erased)
+  return _along_chunks(step, dstate, chunks, reverse=True)
+
+
+def _along_chunks(step, carry, chunks, *, reverse: bool = False):
+  """Runs carry = step(carry, *chunk) over axis 3; returns the carry before each step, and the
+  last."""
+
+  def keep_carry(carry, chunk):
+    return step(carry, *chunk).astype(carry.dtype), carry
+
+  def one(x):  # [B, L, S, N, ...] -> N, each [B, L, S, 1, ...]
+    return jnp.expand_dims(jnp.moveaxis(x, 3, 0), 4)
+
+  carry, before = jax.lax.scan(keep_carry, carry, tuple(map(one, chunks)), reverse=reverse)
+  return jnp.moveaxis(jnp.squeeze(before, 4), 0, 3), carry
+
+
+def _cut_rows(rows: Rows, size: int) -> Rows:
+  """Rows in float32 as chunks [B, L, S, N, C, ...]; beta and g of one number a head get an axis of
+  length 1."""
+  q, k, v, beta, g = rows
+  fewest = rows.fewest
+  cut = functools.partial(_cut, fewest=fewest, size=size)
+  accumulator = jnp.promote_types(v.dtype, jnp.float32)
+  if g is not None:
+    g = jnp.broadcast_to(g, (*q.shape[:2], *g.shape)) if g.ndim == 1 else g
+    g = cut(g.reshape(*g.shape[:3], -1))
+  beta = None if beta is None else cut(beta[..., None])
+  q, k, v = (cut(x.astype(accumulator)) for x in (q, k, v))
+  return Rows(q, k, v, beta, g)
+
+
+def _cut(x, fewest: int, size: int):
+  """[B, T, L * S, K] -> [B, L, S, N, C, K], zeros beyond T"""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+  x = x.reshape(x.shape[0], -1, size, fewest, x.shape[2] // fewest, x.shape[3])
+  return jnp.moveaxis(x, (3, 4), (1, 2))
+
+
+def _join(x, length: int):
+  """[B, L, S, N, C, V] -> [B, T, L * S, V]"""
+  x = jnp.moveaxis(x, (1, 2), (3, 4))
+  return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :length]
+
+
+def _split_heads(state, fewest: int):
+  """[B, H, K, V] -> [B, L, S, 1, K, V]"""
+  return state.reshape(state.shape[0], fewest, -1, 1, *state.shape[2:])
+
+
+def _join_heads(state):
+  """[B, L, S, 1, K, V] -> [B, H, K, V]"""
+  return state.reshape(state.shape[0], -1, *state.shape[4:])
+
+
+def _cut_documents(documents, size: int):
+  """[B, T] -> [B, 1, 1, N, C]; None stays None."""
+  if documents is None:
+    return None
+  documents = jnp.pad(documents, ((0, 0), (0, -documents.shape[1] % size)), mode="edge")
+  return documents.reshape(documents.shape[0], 1, 1, -1, size)
+
+
+def _masks(documents, size: int):
+  """Which keys a query sees [.., C, C], and which tokens read and write the state [.., C, 1]; which
+  chunks keep it [.., 1, 1]."""
+  visible = jnp.tril(jnp.ones((size, size), bool))
+  if documents is None:
+    return visible, None, None, None
+  visible = visible & (documents[..., :, None] == documents[..., None, :])
+  last = documents[..., -1:]
+  # The state given belongs to document 0.
+  before = jnp.pad(last[..., :-1, :], (*((0, 0),) * 3, (1, 0), (0, 0)))
+  return (
+    visible,
+    (documents == before)[..., None],
+    (documents == last)[..., None],
+    (last == before)[..., None],
+  )
+
+
+def _where(mask, x):
+  return x if mask is None else jnp.where(mask, x, 0)

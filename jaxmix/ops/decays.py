@@ -1,0 +1,165 @@
+"""What log-decays do within a chunk: how much of the state before it a token reads, how much of
+what a token writes is left after it, and the weight of each pair of tokens.
+
+Log-decays are only ever added to one another, never subtracted, so that no decay, however strong,
+costs the digits of another, and every exponent is at most 0.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmix.ops.products import BASE, coupling, join_blocks, powers, product
+
+STRONGEST = -128.0  # exp of it is 0 in float32 and 1e-56 in float64: stronger decays change nothing
+GRAIN = 256.0  # sums of multiples of 1 / 256 are exact up to 65,536 in float32
+
+
+def sums_of_chunk(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Log-decays summed up to each token, it included, and after each token, to the chunk's end.
+
+  Args:
+    g: [B, L, S, N, C, K or 1].
+  """
+  sums = _Sums(g)
+  return sums.until_here(), sums.after_here()
+
+
+class _Sums:
+  """Sums of log-decays within aligned spans of tokens; blocks of BASE are summed once."""
+
+  def __init__(self, g: jax.Array):
+    self.shape = g.shape
+    self.base = min(BASE, g.shape[-2])
+    blocks = g.reshape(*g.shape[:-2], -1, self.base, g.shape[-1])
+    self.count = blocks.shape[-3]
+    halves = [_towards_middle(self.base, half) for half in powers(1, self.base)]
+    spans = [*halves, *_whole(self.base)]
+    inside = _add_up(np.stack(spans), blocks, "rts,...msk->...rmtk")
+    self.inside = inside[..., : len(halves), :, :, :]
+    self.until, self.after = inside[..., -2, :, :, :], inside[..., -1, :, :, :]
+    self.totals = self.until[..., -1, :]
+
+  def towards_middle(self, half: int) -> jax.Array:
+    """In blocks of 2 * half tokens, for half of BASE or more: from each token of the first half to
+    its end, without that token, and from the beginning of the second half to each of its tokens,
+    with it."""
+    upper = np.arange(self.count) // (half // self.base) % 2 == 1
+    inside = jnp.where(upper[:, None, None], self.until, self.after)
+    return self._with_blocks(inside, _towards_middle(self.count, half // self.base))
+
+  def until_here(self) -> jax.Array:
+    """From the beginning of the chunk to each token, with it."""
+    return self._with_blocks(self.until, np.tri(self.count, k=-1))
+
+  def after_here(self) -> jax.Array:
+    """From each token, without it, to the end of the chunk."""
+    return self._with_blocks(self.after, np.tri(self.count, k=-1).T)
+
+  def _with_blocks(self, inside, others: np.ndarray):
+    """Sums inside the blocks and the totals of other blocks."""
+    if self.count > 1:
+      others = others * (1 - np.eye(self.count))
+      inside = inside + _add_up(others, self.totals, "ts,...sk->...tk")[..., None, :]
+    return inside.reshape(self.shape)
+
+
+def _add_up(which: np.ndarray, terms: jax.Array, spec: str) -> jax.Array:
+  return jnp.einsum(spec, which.astype(terms.dtype), terms, precision="highest")
+
+
+def _towards_middle(size: int, half: int) -> np.ndarray:
+  """[size, size]: the tokens (columns) between each token (row) and the middle of its block of 2 *
+  half; a token of the second half is counted for itself."""
+  row, column = np.indices((size, size))
+  same = row // half == column // half
+  upper = row // half % 2 == 1
+  return same & np.where(upper, column <= row, column > row)
+
+
+def _whole(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens up to each token, it included, and those after it."""
+  return np.tri(size) > 0, np.tri(size, k=-1).T > 0
+
+
+def pair_decays(g: jax.Array, visible: jax.Array) -> jax.Array:
+  """exp(g_{s+1} + ... + g_r) for key s (column) and query r (row) where visible, else 0.
+
+  Args:
+    g: [..., C, 1].   visible: [..., C, C], at most the keys s <= r.
+  """
+  # A difference of sums would lose the digits that the larger sum lacks. In two parts it does not:
+  # the one adds and subtracts exactly, the other stays small.
+  coarse = jnp.round(jax.lax.stop_gradient(g) * GRAIN) / GRAIN
+  parts = jnp.concatenate([coarse, g - coarse], axis=-1)
+  parts = _add_up(np.tri(g.shape[-2]), parts, "ts,...sk->...tk")
+  exponent = (parts[..., :, None, :] - parts[..., None, :, :]).sum(-1)
+  # Masked twice: the first keeps the gradient from 0 * inf, where exp of a later key overflows.
+  return jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0)), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def decayed_scores(dtype, q: jax.Array, k: jax.Array, g: jax.Array) -> jax.Array:
+  """sum_k q_rk k_sk exp(g_{s+1,k} + ... + g_rk) for s <= r, else 0.
+
+  A pair of tokens is met at the size of block whose halves part them. With the boundary between the
+  halves as anchor the decay is one factor of the query times one of the key, neither above 1, so
+  each size is a matrix product.
+
+  Args:
+    dtype: of the operands of the products.
+    q, k, g: [B, L, S, N, C, K], C a power of two.
+  Returns:
+    [B, L, S, N, C, C].
+  """
+  return _scores(dtype, q, k, _Sums(g))
+
+
+def _scores(dtype, q, k, sums: _Sums):
+  length = q.shape[-2]
+
+  def blocks(x, size):
+    return x.reshape(*x.shape[:-2], length // size, size, x.shape[-1])
+
+  # Inside the blocks of BASE all sizes are one product, of which each size gives its pairs.
+  base = sums.base
+  halves = powers(1, base)
+  decay = jnp.exp(sums.inside)
+  pairs = product(
+    "rmck,rmsk->rmcs",
+    dtype,
+    blocks(q, base)[..., None, :, :, :] * decay,
+    blocks(k, base)[..., None, :, :, :] * decay,
+  )
+  scores = np.eye(base) * jnp.sum(blocks(q * k, base), axis=-1, keepdims=True)
+  if halves:
+    masks = np.stack([coupling(base, half) for half in halves])[:, None]
+    scores = scores + jnp.where(masks, pairs, 0).sum(-4)
+  for half in powers(base, length):
+    decay = blocks(jnp.exp(sums.towards_middle(half)), half)
+    of_query = (blocks(q, half) * decay)[..., 1::2, :, :]
+    of_key = (blocks(k, half) * decay)[..., ::2, :, :]
+    corner = product("mck,msk->mcs", dtype, of_query, of_key)
+    scores = join_blocks(scores[..., ::2, :, :], corner, scores[..., 1::2, :, :])
+  return scores[..., 0, :, :]
+
+
+def _decayed_scores_forward(dtype, q, k, g):
+  return decayed_scores(dtype, q, k, g), (q, k, g)
+
+
+def _decayed_scores_backward(dtype, arrays, cotangent):
+  q, k, g = arrays
+  sums = _Sums(g)
+  _, pull = jax.vjp(lambda q, k: _scores(dtype, q, k, sums), q, k)
+  dq, dk = pull(cotangent)
+  # A score is multiplied by exp of a sum that ends at its query and begins after its key.
+  dsum = q * dq - k * dk
+  return dq, dk, _add_up(np.tri(g.shape[-2]).T, dsum, "ts,...sk->...tk")
+
+
+decayed_scores.defvjp(_decayed_scores_forward, _decayed_scores_backward)
