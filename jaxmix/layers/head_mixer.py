@@ -69,6 +69,7 @@ class HeadMixer(nnx.Module):
       for count, (size, axis) in zip(heads, channels.values(), strict=True)
     )
     self.memory_shape = (max(heads[1:]), key_dim, value_dim)
+    self.readers = max(heads)  # heads that read the memories of as many heads or fewer
     self.rotary_base, self.implementation = rotary_base, implementation
 
   def mix(self, x, q, k, v, **options):
@@ -86,9 +87,10 @@ class HeadMixer(nnx.Module):
 
   @property
   def mix_flops(self) -> int:
-    """Floating-point operations of a token in `mix`: the recurrence, not the chunks."""
+    """Floating-point operations of a token in `mix`: memories are written and read, in the
+    recurrence, not in chunks."""
     heads, key_dim, value_dim = self.memory_shape
-    return 4 * heads * key_dim * value_dim
+    return 2 * (heads + self.readers) * key_dim * value_dim
 
   def __call__(self, x: jax.Array, *, state=None, segment_ids=None, positions=None):
     """Mixes along the length.

@@ -46,9 +46,9 @@ class _DeltaMixer(HeadMixer):
 
   @property
   def mix_flops(self) -> int:
-    """What is read to be corrected, written, and read."""
+    """See `HeadMixer.mix_flops`; memories are also read at the key, to be corrected."""
     heads, key_dim, value_dim = self.memory_shape
-    return 6 * heads * key_dim * value_dim
+    return super().mix_flops + 2 * heads * key_dim * value_dim
 
 
 class DeltaNet(_DeltaMixer):

@@ -32,7 +32,7 @@ class HLA(HeadMixer):
 
   Args:
     dim: model width D.
-    heads: of the queries.   key_heads: of keys and values, which queries share; None means `heads`.
+    heads: number of heads.
     key_dim, value_dim: channels of a head; None means D / heads.
     order: "second", "asymmetric" or "third".
     decay: of the inner and of the outer memories, one a head: "none"; "constant", as in RetNet; or
@@ -50,7 +50,6 @@ class HLA(HeadMixer):
     dim: int,
     *,
     heads: int = 4,
-    key_heads: int | None = None,
     key_dim: int | None = None,
     value_dim: int | None = None,
     order: str = "second",
@@ -66,15 +65,9 @@ class HLA(HeadMixer):
         raise ValueError(f"HLA: {name}={value!r} is unknown; expected one of {', '.join(known)}")
     key_dim = head_channels("HLA", key_dim, dim, heads, argument="key_dim")
     value_dim = head_channels("HLA", value_dim, dim, heads, argument="value_dim")
-    states = heads if key_heads is None else key_heads
-    if order != "asymmetric" and states != heads:
-      raise ValueError(
-        f"HLA: key_heads={states} of heads={heads}: the keys that the outer attention sees are made "
-        'by each query; set order="asymmetric" to share them'
-      )
     super().__init__(
       dim,
-      heads=(heads, states, states),
+      heads=(heads, heads, heads),
       key_dim=key_dim,
       value_dim=value_dim,
       convolution=convolution,
@@ -82,9 +75,7 @@ class HLA(HeadMixer):
       rngs=rngs,
     )
     self.gates = (
-      Linear({"embed": dim}, {"memory": 2, "heads": states}, rngs=rngs)
-      if decay == "token"
-      else None
+      Linear({"embed": dim}, {"memory": 2, "heads": heads}, rngs=rngs) if decay == "token" else None
     )
     self.output = GatedOutput(dim, heads, value_dim, rngs=rngs)
     self.order, self.decay, self.normalize = order, decay, normalize

@@ -50,13 +50,13 @@ class Lightning(HeadMixer):
       rngs=rngs,
     )
     self.output = GatedOutput(dim, heads, value_dim, gate="sigmoid", rngs=rngs)
-    self.decay = nnx.Param(-8.0 / heads * jnp.arange(heads), axes=("heads",), inputs=0)
+    self.log_decay = nnx.Param(-8.0 / heads * jnp.arange(heads), axes=("heads",), inputs=0)
 
   def place(self, layer: jax.Array, layers: int) -> None:
     """Weakens the decay of layer `layer` of `layers`; the first layer is 0."""
-    self.decay[...] = self.decay[...] * (1 - layer / layers)
+    self.log_decay[...] = self.log_decay[...] * (1 - layer / layers)
 
   def mix(self, x, q, k, v, **options):
     """See `HeadMixer.mix`."""
-    g = jax.lax.stop_gradient(self.decay[...])  # not learnt
+    g = jax.lax.stop_gradient(self.log_decay[...])  # not learnt
     return ops.linear_attention(*map(jax.nn.silu, (q, k, v)), g=g, **options)

@@ -26,6 +26,26 @@ FEATURE_MAPS = {
 NORMALIZERS = ("sum", "rms", "none")
 
 
+class Hedgehog(nnx.Module):
+  """phi(x) = [softmax(x W), softmax(-x W)] for each head: a learnt map to positive features.
+
+  Args:
+    heads, channels: of x; phi(x) has twice the channels. W is the identity at first.
+  Source: Zhang et al. 2024 (arXiv 2402.04347), section 4, with a softmax in place of exp to keep
+    features in scale, as its authors do.
+  """
+
+  def __init__(self, heads: int, channels: int):
+    identity = jnp.broadcast_to(jnp.eye(channels), (heads, channels, channels))
+    self.kernel = nnx.Param(identity, axes=("heads", "key", "feature"))
+    self.flops_per_token = 2 * heads * channels * channels
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, H, K] -> [B, T, H, 2 K]"""
+    z = jnp.einsum("bthk,hkf->bthf", x, self.kernel[...].astype(x.dtype))
+    return jnp.concatenate([jax.nn.softmax(z, axis=-1), jax.nn.softmax(-z, axis=-1)], axis=-1)
+
+
 class LinearAttention(nnx.Module):
   """Multi-head causal linear attention; its state is one [K, V] matrix a head, whatever the length.
 
@@ -33,8 +53,8 @@ class LinearAttention(nnx.Module):
     dim: model width D.
     heads: number of heads.
     key_dim, value_dim: channels of a head's keys and values; None means D / heads.
-    feature_map: phi: "elu_plus_one" (the paper's), "relu", "softmax" over the channels, or
-      "identity".
+    feature_map: phi: "elu_plus_one" (the paper's), "relu", "softmax" over the channels, "hedgehog"
+      (learnt, with twice the channels), or "identity".
     normalizer: "sum" divides by the sum of weights (the paper's), "rms" normalises each head's
       output, "none" does nothing.
     bias: biases on the four maps.
@@ -61,10 +81,10 @@ class LinearAttention(nnx.Module):
         f"LinearAttention: dim={dim} is not a multiple of heads={heads}; try "
         f"heads={math.gcd(dim, heads)} or set key_dim and value_dim"
       )
-    if feature_map not in FEATURE_MAPS:
+    if feature_map not in (*FEATURE_MAPS, "hedgehog"):
       raise ValueError(
         f"LinearAttention: feature_map={feature_map!r} is unknown; expected one of "
-        f"{', '.join(FEATURE_MAPS)}"
+        f"{', '.join(FEATURE_MAPS)}, hedgehog"
       )
     if normalizer not in NORMALIZERS:
       raise ValueError(
@@ -87,6 +107,11 @@ class LinearAttention(nnx.Module):
     self.out = Linear(
       {"heads": heads, "value": self.value_dim}, {"embed": dim}, bias=bias, rngs=rngs
     )
+    self.q_map, self.k_map = (
+      [Hedgehog(heads, self.key_dim) for _ in range(2)]
+      if feature_map == "hedgehog"
+      else [None, None]
+    )
     self.norm = RMSNorm(self.value_dim, axis="value") if normalizer == "rms" else None
     self.feature_map, self.normalizer = feature_map, normalizer
     self.implementation = implementation
@@ -101,10 +126,12 @@ class LinearAttention(nnx.Module):
     Returns:
       y: [B, T, D] and the state.
     """
-    phi = FEATURE_MAPS[self.feature_map]
+    of_q, of_k = self.q_map, self.k_map
+    if self.feature_map != "hedgehog":
+      of_q = of_k = FEATURE_MAPS[self.feature_map]
     y, state = ops.linear_attention(
-      phi(self.q(x)),
-      phi(self.k(x)),
+      of_q(self.q(x)),
+      of_k(self.k(x)),
       self.v(x),
       state=state,
       segment_ids=segment_ids,
@@ -118,11 +145,17 @@ class LinearAttention(nnx.Module):
     dtype of x."""
     columns = self.value_dim + (self.normalizer == "sum")
     return jnp.zeros(
-      (batch_size, self.heads, self.key_dim, columns), jnp.promote_types(dtype, jnp.float32)
+      (batch_size, self.heads, self._features, columns), jnp.promote_types(dtype, jnp.float32)
     )
 
   def flops(self, batch: int, length: int) -> int:
     """Floating-point operations of a forward pass, a multiply-add counted as two: the recurrence,
     not the chunks."""
-    projections = sum(part.flops_per_token for part in (self.q, self.k, self.v, self.out))
-    return batch * length * (projections + 4 * self.heads * self.key_dim * self.value_dim)
+    parts = (self.q, self.k, self.v, self.out, self.q_map, self.k_map)
+    maps = sum(part.flops_per_token for part in parts if part is not None)
+    return batch * length * (maps + 4 * self.heads * self._features * self.value_dim)
+
+  @property
+  def _features(self) -> int:
+    """Channels of phi(q)."""
+    return self.key_dim * (2 if self.feature_map == "hedgehog" else 1)

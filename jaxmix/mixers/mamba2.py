@@ -82,4 +82,5 @@ class _GatedOutput(nnx.Module):
 
   def __call__(self, x, o):
     gated = o * jax.nn.silu(self.gate(x))
-    return self.out(self.norm(gated.reshape(*gated.shape[:2], -1)).reshape(gated.shape))
+    flat = gated.reshape(*gated.shape[:2], self.norm.scale.size)
+    return self.out(self.norm(flat).reshape(gated.shape))

@@ -96,12 +96,18 @@ class Decoder(nnx.Module):
     mlp_dim = mlp_dim or (-(-8 * dim // 3 // 64) * 64 if mlp == "gated" else 4 * dim)
     activation = activation or ("silu" if mlp == "gated" else "gelu")
 
-    def make_period(key: jax.Array) -> nnx.Dict:
+    def make_mixer(name: str, layer: jax.Array, rngs: nnx.Rngs) -> nnx.Module:
+      mixer = mixers[name](dim, rngs=rngs)
+      if hasattr(mixer, "place"):
+        mixer.place(layer, depth)
+      return mixer
+
+    def make_period(key: jax.Array, first: jax.Array) -> nnx.Dict:
       rngs = nnx.Rngs(params=key)
       return nnx.Dict(
         {
           f"{index}_{name}": Block(
-            mixers[name](dim, rngs=rngs),
+            make_mixer(name, first + index, rngs),
             MLPS[mlp](dim, mlp_dim, activation=activation, bias=bias, rngs=rngs),
             lambda: NORMS[norm](dim),
             placement=placement,
@@ -115,7 +121,8 @@ class Decoder(nnx.Module):
     self.position_embedding = (
       Embedding(learned_positions, dim, axis="position", rngs=rngs) if learned_positions else None
     )
-    self.layers = jax.vmap(make_period)(jax.random.split(rngs.params(), depth // len(pattern)))
+    keys = jax.random.split(rngs.params(), depth // len(pattern))
+    self.layers = jax.vmap(make_period)(keys, jnp.arange(0, depth, len(pattern)))
     for parameter in jax.tree.leaves(self.layers, is_leaf=lambda x: isinstance(x, nnx.Param)):
       parameter.set_metadata(axes=("layers", *parameter.get_metadata()["axes"]))
     self.final_norm = NORMS[norm](dim) if placement == "pre_norm" else None

@@ -107,7 +107,7 @@ def _prepare(dtype, documents, rows: Rows) -> _Prepared:
   q_in, k_out, keep = q, k, jnp.ones_like(k[..., :1, :1])
   if g is not None:
     g = jnp.maximum(g, decays.STRONGEST)
-    until, after = decays.sums_of_chunk(g)
+    until, after = (x.reshape(g.shape) for x in decays.sums_of_chunk(_merged(g)))
     q_in, k_out = q * jnp.exp(until), k * jnp.exp(after)
     keep = jnp.swapaxes(jnp.exp(until[..., -1:, :]), -1, -2)
   q_in, k_out, keep = _where(reads, q_in), _where(writes, k_out), _where(keeps, keep)
@@ -117,16 +117,24 @@ def _prepare(dtype, documents, rows: Rows) -> _Prepared:
       return jnp.where(visible, dot("ck,sk->cs", a=q, b=k), 0)
     if g.shape[-1] == 1:
       return dot("ck,sk->cs", a=q, b=k) * decays.pair_decays(g, visible)
-    queries, keys, sums = jnp.broadcast_arrays(q, k, g)
-    return jnp.where(visible, decays.decayed_scores(dtype, queries, keys, sums), 0)
+    arrays = jnp.broadcast_arrays(q, k, g)
+    weights = decays.decayed_scores(dtype, *map(_merged, arrays))
+    return jnp.where(visible, weights.reshape(*arrays[0].shape[:-1], -1), 0)
 
   written, erased = v, None
   if beta is not None:
     k_in = k if g is None else k * jnp.exp(until)
     right = jnp.concatenate([beta * v, beta * _where(reads, k_in)], axis=-1)
-    solved = solve_unit_lower(dtype, beta * jnp.tril(scores(k), -1), right)
+    m = beta * jnp.tril(scores(k), -1)
+    solved = solve_unit_lower(dtype, _merged(m), _merged(right)).reshape(right.shape)
     written, erased = jnp.split(solved, [v.shape[-1]], axis=-1)
   return _Prepared(q_in, scores(q), k_out, keep, written, erased)
+
+
+def _merged(x):
+  """[B, L, S, N, ...] -> [B, L, S * N, ...]: of arrays of eight axes, as blocks of chunks would
+  have, the CPU compiler makes fusions that crash."""
+  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _finish(dtype, scale: float, prepared: _Prepared, starts):
@@ -187,11 +195,9 @@ def _along_chunks(step, carry, chunks, *, reverse: bool = False):
   def keep_carry(carry, chunk):
     return step(carry, *chunk).astype(carry.dtype), carry
 
-  def one(x):  # [B, L, S, N, ...] -> N, each [B, L, S, 1, ...]
-    return jnp.expand_dims(jnp.moveaxis(x, 3, 0), 4)
-
-  carry, before = jax.lax.scan(keep_carry, carry, tuple(map(one, chunks)), reverse=reverse)
-  return jnp.moveaxis(jnp.squeeze(before, 4), 0, 3), carry
+  chunks = tuple(jnp.moveaxis(x, 3, 0) for x in chunks)
+  carry, before = jax.lax.scan(keep_carry, carry, chunks, reverse=reverse)
+  return jnp.moveaxis(before, 0, 3), carry
 
 
 def _cut_rows(rows: Rows, size: int) -> Rows:
@@ -223,13 +229,13 @@ def _join(x, length: int):
 
 
 def _split_heads(state, fewest: int):
-  """[B, H, K, V] -> [B, L, S, 1, K, V]"""
-  return state.reshape(state.shape[0], fewest, -1, 1, *state.shape[2:])
+  """[B, H, K, V] -> [B, L, S, K, V]"""
+  return state.reshape(state.shape[0], fewest, -1, *state.shape[2:])
 
 
 def _join_heads(state):
-  """[B, L, S, 1, K, V] -> [B, H, K, V]"""
-  return state.reshape(state.shape[0], -1, *state.shape[4:])
+  """[B, L, S, K, V] -> [B, H, K, V]"""
+  return state.reshape(state.shape[0], -1, *state.shape[3:])
 
 
 def _cut_documents(documents, size: int):

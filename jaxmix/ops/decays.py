@@ -23,7 +23,7 @@ def sums_of_chunk(g: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Log-decays summed up to each token, it included, and after each token, to the chunk's end.
 
   Args:
-    g: [B, L, S, N, C, K or 1].
+    g: [..., N, C, K or 1].
   """
   sums = _Sums(g)
   return sums.until_here(), sums.after_here()
@@ -33,16 +33,18 @@ class _Sums:
   """Sums of log-decays within aligned spans of tokens; blocks of BASE are summed once."""
 
   def __init__(self, g: jax.Array):
-    self.shape = g.shape
-    self.base = min(BASE, g.shape[-2])
-    blocks = g.reshape(*g.shape[:-2], -1, self.base, g.shape[-1])
-    self.count = blocks.shape[-3]
+    *lead, length, width = self.shape = g.shape
+    self.base = min(BASE, length)
+    self.count = length // self.base
     halves = [_towards_middle(self.base, half) for half in powers(1, self.base)]
-    spans = [*halves, *_whole(self.base)]
-    inside = _add_up(np.stack(spans), blocks, "rts,...msk->...rmtk")
-    self.inside = inside[..., : len(halves), :, :, :]
-    self.until, self.after = inside[..., -2, :, :, :], inside[..., -1, :, :, :]
-    self.totals = self.until[..., -1, :]
+    spans = np.stack([*halves, *_whole(self.base)])
+    blocks = g.reshape(*lead[:-1], -1, self.base, width)  # those of all chunks, one after the other
+    inside = _add_up(spans, blocks, "rts,...sk->...rtk")
+    self.inside = inside[..., : len(halves), :, :]
+    self.until, self.after = (
+      inside[..., len(halves) + i, :, :].reshape(*lead, self.count, self.base, width)
+      for i in range(2)
+    )
 
   def towards_middle(self, half: int) -> jax.Array:
     """In blocks of 2 * half tokens, for half of BASE or more: from each token of the first half to
@@ -64,7 +66,8 @@ class _Sums:
     """Sums inside the blocks and the totals of other blocks."""
     if self.count > 1:
       others = others * (1 - np.eye(self.count))
-      inside = inside + _add_up(others, self.totals, "ts,...sk->...tk")[..., None, :]
+      totals = self.until[..., -1, :]
+      inside = inside + _add_up(others, totals, "ts,...sk->...tk")[..., None, :]
     return inside.reshape(self.shape)
 
 
@@ -112,9 +115,9 @@ def decayed_scores(dtype, q: jax.Array, k: jax.Array, g: jax.Array) -> jax.Array
 
   Args:
     dtype: of the operands of the products.
-    q, k, g: [B, L, S, N, C, K], C a power of two.
+    q, k, g: [..., N, C, K], C a power of two.
   Returns:
-    [B, L, S, N, C, C].
+    [..., N, C, C].
   """
   return _scores(dtype, q, k, _Sums(g))
 
@@ -125,20 +128,18 @@ def _scores(dtype, q, k, sums: _Sums):
   def blocks(x, size):
     return x.reshape(*x.shape[:-2], length // size, size, x.shape[-1])
 
-  # Inside the blocks of BASE all sizes are one product, of which each size gives its pairs.
+  def all_blocks(x):  # those of all chunks, one after the other
+    return x.reshape(*x.shape[:-3], -1, sums.base, x.shape[-1])
+
   base = sums.base
-  halves = powers(1, base)
-  decay = jnp.exp(sums.inside)
-  pairs = product(
-    "rmck,rmsk->rmcs",
-    dtype,
-    blocks(q, base)[..., None, :, :, :] * decay,
-    blocks(k, base)[..., None, :, :, :] * decay,
-  )
-  scores = np.eye(base) * jnp.sum(blocks(q * k, base), axis=-1, keepdims=True)
-  if halves:
-    masks = np.stack([coupling(base, half) for half in halves])[:, None]
-    scores = scores + jnp.where(masks, pairs, 0).sum(-4)
+  scores = np.eye(base) * jnp.sum(all_blocks(q * k), axis=-1, keepdims=True)
+  if base > 1:  # inside the blocks all sizes are one product, of which each size gives its pairs
+    decay = jnp.exp(sums.inside)
+    of_query, of_key = (all_blocks(x)[..., None, :, :] * decay for x in (q, k))
+    pairs = product("rck,rsk->rcs", dtype, of_query, of_key)
+    masks = np.stack([coupling(base, half) for half in powers(1, base)])
+    scores = scores + jnp.where(masks, pairs, 0).sum(-3)
+  scores = scores.reshape(*q.shape[:-2], -1, base, base)
   for half in powers(base, length):
     decay = blocks(jnp.exp(sums.towards_middle(half)), half)
     of_query = (blocks(q, half) * decay)[..., 1::2, :, :]

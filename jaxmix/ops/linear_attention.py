@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.ops.recurrence import Op, Rows, check_rows, recurrence
-from pallas_kernels.linear_attention import reference, tpu
+from pallas_kernels.linear_attention import reference
 
 OP = Op("linear_attention", reference.linear_attention, ())
 NORMALIZER_EPS = (

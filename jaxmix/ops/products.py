@@ -1,35 +1,35 @@
-"""Matrix products of chunks, and the inverse of a unit triangular matrix made of them.
+"""Matrix products of many matrices, and the inverse of a unit triangular matrix made of them.
 
-Arrays are [B, L, S, N, ., .]: batch, groups of heads, heads of a group, chunks, and a matrix. An
-array that the heads of a group share has S = 1, and no product repeats it.
+Arrays are [..., ., .]: axes of a batch, and a matrix. One that is the same along an axis of the
+batch has length 1 there, and no product repeats it.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import string
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-BATCH = "blxn"  # the axes of chunks: batch, groups of heads, heads of a group, chunks
 BASE = 16  # rows of the blocks inside which small levels are whole products, masked
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(spec: str, dtype, a: jax.Array, b: jax.Array) -> jax.Array:
-  """einsum of two arrays of chunks with operands in `dtype`, accumulated in float32 at least.
+  """einsum of two arrays of matrices with operands in `dtype`, accumulated in float32 at least.
 
   Gradients are products of the same kind: their operands are rounded to `dtype`, they are not.
 
   Args:
-    spec: such as "ck,sk->cs", for the axes after BATCH.
+    spec: such as "ck,sk->cs", for the axes after those of the batch.
     dtype: of the operands. float32 is kept from being rounded to bfloat16, which a TPU does by
       default.
-    a, b: [B, L, S, N, ...]; an axis of length 1 stands for all.
+    a, b: [..., matrix], the batches of as many axes; an axis of length 1 stands for all.
   """
-  left, right, out = _axes(spec)
+  left, right, out = _axes(spec, a.ndim)
   sizes = dict(zip(right, b.shape, strict=True))
   for axis, size in zip(left, a.shape, strict=True):
     sizes[axis] = max(size, sizes.get(axis, 1))
@@ -41,7 +41,7 @@ def _product_forward(spec: str, dtype, a, b):
 
 
 def _product_backward(spec: str, dtype, operands, cotangent):
-  (a, b), (left, right, out) = operands, _axes(spec)
+  (a, b), (left, right, out) = operands, _axes(spec, operands[0].ndim)
   da = _contract(dtype, (cotangent, out), (b, right), left, a.shape)
   db = _contract(dtype, (cotangent, out), (a, left), right, b.shape)
   return da.astype(a.dtype), db.astype(b.dtype)
@@ -50,8 +50,10 @@ def _product_backward(spec: str, dtype, operands, cotangent):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _axes(spec: str) -> list[str]:
-  return [BATCH + axes for axes in re.split(",|->", spec)]
+def _axes(spec: str, rank: int) -> list[str]:
+  """Names of all axes of the operands and of the result; `rank` is that of the first operand."""
+  matrices = re.split(",|->", spec)
+  return [string.ascii_uppercase[: rank - len(matrices[0])] + axes for axes in matrices]
 
 
 def _contract(dtype, one, other, axes, shape):
@@ -76,7 +78,7 @@ def solve_unit_lower(dtype, m: jax.Array, r: jax.Array) -> jax.Array:
 
   Args:
     dtype: of the operands of the product with R; the inverse is computed in that of M.
-    m: [B, L, S, N, C, C], of which the part below the diagonal counts.   r: [B, L, S, N, C, V].
+    m: [..., C, C], of which the part below the diagonal counts.   r: [..., C, V].
   """
   return product("cs,sv->cv", dtype, invert_unit_lower(m), r)
 
@@ -105,7 +107,7 @@ def invert_unit_lower(m: jax.Array) -> jax.Array:
   powers grow without bound where keys repeat, though the inverse has entries of order one.
 
   Args:
-    m: [B, L, S, N, C, C], C a power of two; what is on and above the diagonal is not read.
+    m: [..., C, C], C a power of two; what is on and above the diagonal is not read.
   """
   length = m.shape[-1]
   base = min(BASE, length)

@@ -1,11 +1,12 @@
 """Depthwise causal convolution over a few tokens: argument checks, the form by shifted additions,
 and where a kernel runs.
 
-In packed rows a tap goes back over the tokens of its own document. Where no padding stands between
-them these are neighbours in the row, and a tap is a shift under a mask. Padding that does stand
-between them is rare, and is asked for when the program runs: where there is any, taps gather their
-tokens instead. On GPUs taps always gather in the forward pass, since a gather costs a GPU no more
-than a shift, while asking would have it wait for the host.
+In packed rows a tap goes back over the tokens of its own document, however much padding stands
+between them. The forms know rows in which none does: there the tokens that a tap meets are
+neighbours, and `reach` says how far the taps of each go. Padding inside a document is rare and is
+asked for when the program runs; a row that has some is put in order first. A GPU would have to wait
+for its host to ask: its kernel is told the place of each token instead, and its forward pass
+gathers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ import jax.numpy as jnp
 from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops.segments import check_segment_ids, document_indices
-from pallas_kernels.short_convolution import reference, tpu
+from pallas_kernels.short_convolution import gpu, reference, tpu
 
 ACTIVATIONS = (None, "silu")
+# Logical axes: rows [B, T, D], and of what the forms return backward.
+ROWS = ("batch", None, "heads")
+ARRAYS = (ROWS, ("heads", None), ("heads",), ROWS, ("batch", None))
+GRADIENTS = (ROWS, ("batch", "heads", None), ("batch", "heads"), ROWS)
 SHORTEST = 64  # tokens from which a kernel is chosen; fewer are not worth its start
 
 
@@ -49,7 +54,8 @@ def short_convolution(
       inputs as they were and no sums, so float32 would add nothing to it.
     segment_ids: [B, T] int32; no tap reaches into another document. 0 marks padding, whose output
       is 0 and which taps pass over.
-    implementation: None, "reference", "xla", "tpu" or "gpu".
+    implementation: None, "reference", "xla", "tpu" (a kernel a direction) or "gpu" (a kernel for
+      the backward pass; the forward pass is one of XLA's own).
   Returns:
     y: [B, T, D] in the dtype of x;   state: [B, W - 1, D] in the dtype of x, the last inputs of the
     row's last document, zeros where it has fewer.
@@ -103,26 +109,30 @@ class _Call(NamedTuple):
   def run(self, functions, arrays):
     """The one of `functions` that the call names or its platform gets."""
     x, weight = arrays[:2]
-    refusal = tpu.refusal(x, weight)
-    if refusal is None and self.implementation is None and x.shape[1] < SHORTEST:
-      refusal = f"length {x.shape[1]} is below {SHORTEST}"
+    refusals = {"tpu": tpu.refusal(x, weight), "gpu": gpu.refusal(x, weight)}
+    if self.implementation is None and x.shape[1] < SHORTEST:
+      refusals["tpu"] = refusals["tpu"] or f"length {x.shape[1]} is below {SHORTEST}"
     return implementations.run(
       "short_convolution",
       self.implementation,
       arrays,
       functions=functions,
-      refusals={} if refusal is None else {"tpu": refusal},
+      refusals={name: refusal for name, refusal in refusals.items() if refusal is not None},
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _convolve(x, weight, bias, state, segment_ids, call: _Call):
   """y, and the state after the row."""
+  form = functools.partial(_forward, activation=call.activation)
+  kernel = functools.partial(tpu.forward, activation=call.activation)
   functions = {
-    "reference": functools.partial(_by_definition, call.activation),
-    "xla": functools.partial(_with_last_inputs, functools.partial(_forward, call.activation)),
-    "tpu": functools.partial(_with_last_inputs, _tpu_forward(call.activation)),
+    "xla": functools.partial(_over_padding, form),
+    "tpu": sharding.shard_kernel(functools.partial(_over_padding, kernel), ARRAYS, ROWS),
+    "gpu": functools.partial(_in_order, form),
   }
+  functions = {name: functools.partial(_with_last_inputs, f) for name, f in functions.items()}
+  functions["reference"] = functools.partial(_by_definition, call.activation)
   return call.run(functions, (x, weight, bias, state, segment_ids))
 
 
@@ -133,11 +143,17 @@ def _convolve_forward(x, weight, bias, state, segment_ids, call: _Call):
 
 
 def _convolve_backward(call: _Call, arrays, cotangents):
+  form = functools.partial(_backward, activation=call.activation)
+  by_tpu = functools.partial(tpu.backward, activation=call.activation)
+  by_gpu = functools.partial(gpu.backward, activation=call.activation)
+  axes = (*ARRAYS, ROWS), GRADIENTS
   functions = {
-    "reference": functools.partial(_gradient_of_definition, call.activation),
-    "xla": functools.partial(_with_state, functools.partial(_backward, call.activation)),
-    "tpu": functools.partial(_with_state, _tpu_backward(call.activation)),
+    "xla": functools.partial(_over_padding, form),
+    "tpu": sharding.shard_kernel(functools.partial(_over_padding, by_tpu), *axes),
+    "gpu": sharding.shard_kernel(functools.partial(_backward_by_gpu, by_gpu), *axes),
   }
+  functions = {name: functools.partial(_with_state, f) for name, f in functions.items()}
+  functions["reference"] = functools.partial(_gradient_of_definition, call.activation)
   return *call.run(functions, (*arrays, *cotangents)), None
 
 
@@ -223,94 +239,6 @@ def _wide(x):
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-class _Shifts:
-  """Taps of rows without padding inside their documents: neighbours in the row.
-
-  Attributes:
-    reach: [B, T], how many tokens back the taps of a token go, at most W - 1; -1 at padding. None
-      means W - 1 everywhere. At the start of a row they go into the state.
-  """
-
-  def __init__(self, segment_ids, length: int, width: int):
-    self.length, self.reach = length, None
-    if segment_ids is None:
-      return
-    live, documents = segment_ids != 0, document_indices(segment_ids)
-    within, self.reach = live, jnp.where(live, 0, -1)
-    for j in range(1, width):
-      within &= _shift(live, j, True) & (_shift(documents, j, 0) == documents)
-      self.reach += within
-
-  def previous(self, x, j: int):
-    """x_{t-j}, 0 beyond the reach of the taps or the start of the row."""
-    return self._within(j, _shift(x, j, 0))
-
-  def following(self, z, j: int):
-    """z_{t+j} where its taps reach back to t; else 0."""
-    return _shift(self._within(j, z), -j, 0)
-
-  def spread(self, first):
-    """[B, W - 1, D] of the row's first document -> [B, T, D]; 0 behind them."""
-    count, length = first.shape[1], self.length
-    first = jnp.pad(first[:, :length], ((0, 0), (0, max(length - count, 0)), (0, 0)))
-    if self.reach is None:
-      return first
-    return jnp.where((self.reach > jnp.arange(length))[..., None], first, 0)
-
-  def first(self, z, count: int):
-    """z of the row's first tokens, [B, count, D]; anything where the first document has fewer."""
-    return jnp.pad(z[:, :count], ((0, 0), (0, max(count - self.length, 0)), (0, 0)))
-
-  def live(self, z):
-    """z, and 0 at padding."""
-    return self._within(0, z)
-
-  def _within(self, j: int, z):
-    return z if self.reach is None else jnp.where((self.reach >= j)[..., None], z, 0)
-
-
-class _Gathers:
-  """The same of any rows: padding may stand inside a document."""
-
-  def __init__(self, segment_ids):
-    self._live, self._documents = segment_ids != 0, document_indices(segment_ids)
-    self._rank = jnp.cumsum(self._live, axis=1, dtype=jnp.int32) - self._live
-    batch, length = segment_ids.shape
-    # The row of each token that is not padding, by its rank.
-    self._rows = jnp.zeros_like(segment_ids)
-    self._rows = self._rows.at[
-      jnp.arange(batch)[:, None], jnp.where(self._live, self._rank, length)
-    ].set(jnp.arange(length, dtype=segment_ids.dtype), mode="drop")
-
-  def previous(self, x, j: int):
-    return self._take(x, self._rank - j)
-
-  def following(self, z, j: int):
-    return self._take(z, self._rank + j)
-
-  def spread(self, first):
-    if first.shape[1] == 0:
-      return 0
-    early = self._live & (self._documents == 0) & (self._rank < first.shape[1])
-    found = jnp.take_along_axis(first, jnp.minimum(self._rank, first.shape[1] - 1)[..., None], 1)
-    return jnp.where(early[..., None], found, 0)
-
-  def first(self, z, count: int):
-    rows = jnp.pad(self._rows[:, :count], ((0, 0), (0, max(count - z.shape[1], 0))))
-    return jnp.take_along_axis(z, rows[..., None], axis=1)
-
-  def live(self, z):
-    return jnp.where(self._live[..., None], z, 0)
-
-  def _take(self, x, rank):
-    """x of the tokens of these ranks, 0 where these are of another document than the row's."""
-    total = self._rank[:, -1:] + self._live[:, -1:]
-    row = jnp.take_along_axis(self._rows, jnp.clip(rank, 0, x.shape[1] - 1), axis=1)
-    same = jnp.take_along_axis(self._documents, row, axis=1) == self._documents
-    same &= self._live & (rank >= 0) & (rank < total)
-    return jnp.where(same[..., None], jnp.take_along_axis(x, row[..., None], axis=1), 0)
-
-
 def _shift(x, j: int, fill):
   """x_{t-j} along axis 1, `fill` where there is none; j may be below 0."""
   before, after = max(j, 0), max(-j, 0)
@@ -319,106 +247,105 @@ def _shift(x, j: int, fill):
   return x[:, after : x.shape[1] - before]
 
 
-def _before_activation(taps, x, weight, bias, state):
-  weight, bias, x = (a.astype(_wide(x).dtype) for a in (weight, bias, x))
-  z = bias + taps.spread(_from_state(state.astype(x.dtype), weight))
-  for j in range(weight.shape[1]):
-    z = z + weight[:, -1 - j] * taps.previous(x, j)
+def _within(reach, j: int, z):
+  """z of the tokens whose taps go back j tokens, elsewhere 0."""
+  return z if reach is None else jnp.where((reach >= j)[..., None], z, 0)
+
+
+def _before_activation(x, weight, bias, state, reach):
+  length, count = x.shape[1], state.shape[1]
+  x, state = _wide(x), _wide(state)
+  weight, bias = weight.astype(x.dtype), bias.astype(x.dtype)
+  first = _from_state(state, weight)[:, :length]
+  first = jnp.pad(first, ((0, 0), (0, length - first.shape[1]), (0, 0)))
+  if reach is not None:
+    first = jnp.where((reach > jnp.arange(length))[..., None], first, 0)
+  z = bias + first
+  for j in range(count + 1):
+    z = z + weight[:, count - j] * _within(reach, j, _shift(x, j, 0))
   return z
 
 
-def _convolve_rows(activation, taps, x, weight, bias, state):
-  """y; the form of `_Call` on rows whose neighbours `taps` finds."""
-  z = taps.live(_before_activation(taps, x, weight, bias, state))
+def _forward(x, weight, bias, state, reach, *, activation):
+  """y, by shifted additions."""
+  z = _within(reach, 0, _before_activation(x, weight, bias, state, reach))
   return (z if activation is None else jax.nn.silu(z)).astype(x.dtype)
 
 
-def _gradient_of_rows(activation, taps, x, weight, bias, state, dy):
-  """dx, dweight, dbias and the first dz."""
-  dz = _wide(dy)
+def _backward(x, weight, bias, state, reach, dy, *, activation):
+  dz, count = _wide(dy), state.shape[1]
   if activation is not None:
-    _, pull = jax.vjp(jax.nn.silu, _before_activation(taps, x, weight, bias, state))
+    _, pull = jax.vjp(jax.nn.silu, _before_activation(x, weight, bias, state, reach))
     (dz,) = pull(dz)
-  dz, x_wide, weight = taps.live(dz), _wide(x), weight.astype(dz.dtype)
-  count = weight.shape[1]
-  dx = sum(weight[:, -1 - j] * taps.following(dz, j) for j in range(count))
-  dweight = [jnp.sum(dz * taps.previous(x_wide, j), axis=1) for j in reversed(range(count))]
-  return dx.astype(x.dtype), jnp.stack(dweight, -1), dz.sum(1), taps.first(dz, count - 1)
+  dz, weight = _within(reach, 0, dz), weight.astype(dz.dtype)
+  dx, dweight = 0, []
+  for j in range(count + 1):
+    reaching = _within(reach, j, dz)
+    dx = dx + weight[:, count - j] * _shift(reaching, -j, 0)
+    dweight.append(jnp.sum(reaching * _within(reach, j, _shift(_wide(x), j, 0)), axis=1))
+  first = jnp.pad(dz[:, :count], ((0, 0), (0, max(count - dz.shape[1], 0)), (0, 0)))
+  return dx.astype(x.dtype), jnp.stack(dweight[::-1], -1), dz.sum(1), first
 
 
-def _either(segment_ids, neighbours, gathered):
-  """The first, or where padding stands inside a document the second."""
+def _reach(segment_ids, width: int):
+  """[B, T], how many tokens back the taps of each token go, at most W - 1, where tokens of a
+  document are neighbours; -1 at padding. At the start of a row they go into the state."""
   if segment_ids is None:
-    return neighbours()
+    return None
+  live, documents = segment_ids != 0, document_indices(segment_ids)
+  within, reach = live, jnp.where(live, 0, -1)
+  for j in range(1, width):
+    within &= _shift(live, j, True) & (_shift(documents, j, 0) == documents)
+    reach += within
+  return reach
+
+
+def _order(segment_ids):
+  """[B, T] twice: the row of each token, in their order and behind them those of the padding; and
+  the place of each row in that order."""
+  batch, length = segment_ids.shape
+  index = jnp.arange(length, dtype=jnp.int32)
+  live = segment_ids != 0
+  count = jnp.cumsum(live, axis=1, dtype=jnp.int32)
+  places = jnp.where(live, count - 1, count[:, -1:] + index - count)
+  rows = jnp.zeros((batch, length), jnp.int32)
+  rows = rows.at[jnp.arange(batch)[:, None], places].set(index, unique_indices=True)
+  return rows, places
+
+
+def _take(x, rows):
+  return jnp.take_along_axis(x, rows.reshape(*rows.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _in_order(form, x, weight, bias, state, segment_ids, *dy):
+  """A form on rows whose padding is moved behind their tokens; y, or dx, is put back."""
+  if segment_ids is None:
+    return form(x, weight, bias, state, None, *dy)
+  rows, places = _order(segment_ids)
+  x, segment_ids, *dy = (_take(array, rows) for array in (x, segment_ids, *dy))
+  results = form(x, weight, bias, state, _reach(segment_ids, weight.shape[1]), *dy)
+  if not dy:
+    return _take(results, places)
+  dx, *others = results
+  return _take(dx, places), *others
+
+
+def _over_padding(form, x, weight, bias, state, segment_ids, *dy):
+  """A form on rows as they stand, or in order if there is padding inside a document."""
+  if segment_ids is None:
+    return form(x, weight, bias, state, None, *dy)
   live, documents = segment_ids != 0, document_indices(segment_ids)
   inside = live[:, 1:] & ~live[:, :-1] & (documents[:, 1:] == documents[:, :-1])
-  return jax.lax.cond(jnp.any(inside), gathered, neighbours)
-
-
-def _forward(activation, x, weight, bias, state, segment_ids):
-  def run(taps):
-    return _convolve_rows(activation, taps, x, weight, bias, state)
-
-  return _either(
-    segment_ids,
-    lambda: run(_Shifts(segment_ids, *_size(x, weight))),
-    lambda: run(_Gathers(segment_ids)),
+  return jax.lax.cond(
+    jnp.any(inside),
+    lambda: _in_order(form, x, weight, bias, state, segment_ids, *dy),
+    lambda: form(x, weight, bias, state, _reach(segment_ids, weight.shape[1]), *dy),
   )
 
 
-def _backward(activation, x, weight, bias, state, segment_ids, dy):
-  def run(taps):
-    return _gradient_of_rows(activation, taps, x, weight, bias, state, dy)
-
-  return _either(
-    segment_ids,
-    lambda: run(_Shifts(segment_ids, *_size(x, weight))),
-    lambda: run(_Gathers(segment_ids)),
-  )
-
-
-def _size(x, weight) -> tuple[int, int]:
-  return x.shape[1], weight.shape[1]
-
-
-ROWS, PLAIN = ("batch", None, "heads"), ("batch", None)
-WEIGHT, BIAS = ("heads", None), ("heads",)
-ARRAYS = (ROWS, WEIGHT, BIAS, ROWS, PLAIN)
-
-
-def _tpu_forward(activation):
-  def run(x, weight, bias, state, segment_ids):
-    return _either(
-      segment_ids,
-      lambda: tpu.forward(
-        x,
-        weight,
-        bias,
-        state,
-        _Shifts(segment_ids, *_size(x, weight)).reach,
-        activation=activation,
-      ),
-      lambda: _convolve_rows(activation, _Gathers(segment_ids), x, weight, bias, state),
-    )
-
-  return sharding.shard_kernel(run, in_axes=ARRAYS, out_axes=ROWS)
-
-
-def _tpu_backward(activation):
-  def run(x, weight, bias, state, segment_ids, dy):
-    return _either(
-      segment_ids,
-      lambda: tpu.backward(
-        x,
-        weight,
-        bias,
-        state,
-        _Shifts(segment_ids, *_size(x, weight)).reach,
-        dy,
-        activation=activation,
-      ),
-      lambda: _gradient_of_rows(activation, _Gathers(segment_ids), x, weight, bias, state, dy),
-    )
-
-  out = (ROWS, ("batch", "heads", None), ("batch", "heads"), ROWS)
-  return sharding.shard_kernel(run, in_axes=(*ARRAYS, ROWS), out_axes=out)
+def _backward_by_gpu(kernel, x, weight, bias, state, segment_ids, dy):
+  rows = reach = None
+  if segment_ids is not None:
+    rows, _ = _order(segment_ids)
+    reach = _reach(_take(segment_ids, rows), weight.shape[1])
+  return kernel(x, weight, bias, state, rows, reach, dy)

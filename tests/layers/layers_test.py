@@ -177,3 +177,43 @@ def test_unknown_placement():
   with pytest.raises(ValueError) as error:
     layers.Block(None, None, None, placement="sandwich", dropout_rate=0.0)
   assert str(error.value) == "placement='sandwich' is unknown; expected one of pre_norm, post_norm"
+
+
+@pytest.mark.parametrize("name", ["softplus", "lower_bound"])
+def test_golden_of_decay_gates(golden, name, close):
+  """Both gates of a decay with the gradients of their parameters, as published."""
+  data = np.load(golden / "linear_attention" / f"kda_gate__{name}.npz")
+  data = {key: data[key].astype(np.float64) for key in data.files}
+  floor = float(data["lower_bound"]) if "lower_bound" in data else None
+  with jax.enable_x64(True):
+    gate = layers.SoftplusDecay({"heads": 3, "key": 4}, floor=floor, rngs=nnx.Rngs(params=0))
+    graph, state = nnx.split(gate)
+    state["log_rate"].set_value(jnp.asarray(data["A_log"]))
+    state["bias"].set_value(jnp.asarray(data["dt_bias"]).reshape(3, 4))
+
+    def loss(state, raw):
+      g = nnx.merge(graph, state)(raw)
+      return jnp.sum(g * data["do"]), g
+
+    (of_state, of_raw), g = jax.grad(loss, argnums=(0, 1), has_aux=True)(state, data["raw"])
+  found = (g, of_raw, of_state["log_rate"][...], of_state["bias"][...].reshape(-1))
+  close(found, tuple(data[key] for key in ("o", "draw", "dA_log", "ddt_bias")), tolerance=1e-10)
+
+
+def test_golden_of_l2_norm(golden, close):
+  """The length of one, and its gradient, also of a row of zeros."""
+  data = np.load(golden / "linear_attention" / "l2norm__basic.npz")
+  data = {key: data[key].astype(np.float64) for key in data.files}
+  with jax.enable_x64(True):
+    y, pull = jax.vjp(lambda x: layers.l2_norm(x, eps=float(data["eps"])), data["x"])
+    close((y, *pull(data["do"])), (data["o"], data["dx"]), tolerance=1e-10)
+
+
+def test_decay_begins_slow():
+  """Steps spread from 0.001 to 0.1, and rates between the two given."""
+  gate = layers.SoftplusDecay({"heads": 4096}, rates=(1.0, 16.0), rngs=nnx.Rngs(params=0))
+  step = np.asarray(jax.nn.softplus(gate.bias[...]))
+  assert 0.00099 < step.min() < 0.0011 and 0.09 < step.max() < 0.101
+  assert abs(np.log(step).mean() - np.log(0.01)) < 0.1
+  rate = np.exp(gate.log_rate[...])
+  assert 1 <= rate.min() < 1.1 and 15.9 < rate.max() <= 16.001

@@ -12,7 +12,20 @@ import pytest
 from flax import nnx
 
 from jaxmix import sharding
-from jaxmix.mixers import Attention, LinearAttention
+from jaxmix.mixers import (
+  GLA,
+  HGRN2,
+  HLA,
+  KDA,
+  Attention,
+  DeltaNet,
+  GatedDeltaNet,
+  Lightning,
+  LinearAttention,
+  Mamba2,
+  RetNet,
+  SimpleGLA,
+)
 
 DIM = 32
 
@@ -71,6 +84,19 @@ def linear(name: str, *, key_dim: int = 8, value_dim: int = 8, **options) -> Cas
   )
 
 
+def recurrent(
+  name: str, mixer: type, maps: int, memories: int, *, exceptions=None, **options
+) -> Case:
+  """A case of a mixer with a matrix state: `maps` counts the weights that a token meets (those of
+  convolutions too), `memories` what it reads and writes of the state, in multiply-adds."""
+  return Case(
+    name,
+    functools.partial(mixer, DIM, **options),
+    lambda batch, length: batch * length * 2 * (maps + memories),
+    exceptions=exceptions or {},
+  )
+
+
 def triangle(length: int) -> int:
   return length * (length + 1) // 2
 
@@ -92,6 +118,30 @@ CASES = [
   linear("sum"),
   linear("rms", normalizer="rms", feature_map="relu", key_dim=4, value_dim=12),
   linear("none", normalizer="none", feature_map="identity"),
+  recurrent("linear_attention_hedgehog", LinearAttention, 4 * 32 * DIM + 2 * 4 * 8 * 8,
+            2 * 4 * 16 * 8, heads=4, feature_map="hedgehog"),
+  # The output with its gate, where there is one, and the projections; then gates.
+  recurrent("retnet", RetNet, (16 + 4 + 8 + 2 * 32) * DIM, (2 + 8) * 2 * 4,
+            heads=8, key_heads=2, key_dim=2, value_dim=4),
+  recurrent("lightning", Lightning, 5 * DIM * DIM, 2 * 4 * 8 * 8, heads=4,
+            exceptions={"plain_transforms": "its decay is not learnt"}),
+  recurrent("simple_gla", SimpleGLA, 5 * DIM * DIM + 4 * DIM, 2 * 4 * 8 * 8, heads=4),
+  recurrent("mamba2", Mamba2, (3 * 64 + 2 * 16 + 4) * DIM + 4 * (64 + 2 * 16), 2 * 4 * 8 * 16,
+            value_dim=16, key_dim=8, groups=2,
+            exceptions={"extremes": "its norm squares products of six inputs"}),
+  recurrent("gla", GLA, (2 * 16 + 3 * 32 + 16) * DIM + 16 * 16, 2 * 4 * 4 * 8, heads=4),
+  recurrent("hgrn2", HGRN2, 4 * DIM * DIM, 2 * 4 * 8 * 8, key_dim=8),
+  recurrent("deltanet", DeltaNet, (4 * 32 + 4) * DIM + 4 * 3 * 32, 3 * 4 * 8 * 8, heads=4,
+            largest_beta=2.0),
+  recurrent("gated_deltanet", GatedDeltaNet, (2 * 16 + 3 * 64 + 2 * 4) * DIM + 4 * (2 * 16 + 64),
+            3 * 4 * 8 * 16, heads=2, value_heads=4, key_dim=8),
+  recurrent("kda", KDA, (4 * 32 + 4 + 2 * 8) * DIM + 2 * 8 * 32 + 4 * 3 * 32, 3 * 4 * 8 * 8,
+            heads=4),
+  recurrent("hla_second", HLA, (5 * 32 + 2 * 4) * DIM, 4 * 4 * 8 * 8, heads=4),
+  recurrent("hla_asymmetric", HLA, 5 * 32 * DIM, 4 * 4 * 8 * 8, heads=4, order="asymmetric",
+            decay="constant"),
+  recurrent("hla_third", HLA, 5 * 32 * DIM, 2 * 4 * 8 * (8 + 2 * 9), heads=4, order="third",
+            decay="none", normalize=True),
 ]  # fmt: skip
 
 
@@ -112,14 +162,18 @@ class Subject:
     abstract = jax.eval_shape(
       lambda: self.case.make(implementation=implementation, rngs=nnx.Rngs(params=0))
     )
-    leaves, tree = jax.tree.flatten(abstract)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     random = np.random.default_rng(0)
-    filled = [
-      random.normal(size=leaf.shape) * DIM**-0.5
-      if leaf.ndim > 1
-      else random.uniform(1, 2, leaf.shape)
-      for leaf in leaves
-    ]
+
+    def fill(path, shape):
+      if "log_" in jax.tree_util.keystr(path):  # the logarithm of a rate, or a log-decay
+        return random.uniform(-4, -3, shape)
+      return (
+        random.normal(size=shape) * DIM**-0.5 if len(shape) > 1 else random.uniform(1, 2, shape)
+      )
+
+    filled = [fill(path, leaf.shape) for path, leaf in leaves]
+    leaves = [leaf for _, leaf in leaves]
     return jax.tree.unflatten(
       tree, [x.astype(leaf.dtype) for x, leaf in zip(filled, leaves, strict=True)]
     )

@@ -29,7 +29,7 @@ from jaxmix.mixers import MIXERS, Attention, LinearAttention
      "value_dim"),
     (functools.partial(LinearAttention, 32, heads=4, feature_map="exp"),
      "LinearAttention: feature_map='exp' is unknown; expected one of elu_plus_one, relu, "
-     "softmax, identity"),
+     "softmax, identity, hedgehog"),
     (functools.partial(LinearAttention, 32, heads=4, normalizer="layer"),
      "LinearAttention: normalizer='layer' is unknown; expected one of sum, rms, none"),
     (functools.partial(LinearAttention, 32, heads=4, feature_map="identity"),
@@ -54,7 +54,9 @@ def test_full_visibility_has_no_state():
 
 
 def test_every_mixer_has_a_name():
-  assert {"attention": Attention, "linear_attention": LinearAttention} == MIXERS
+  assert {name.replace("_", "") for name in MIXERS} == {
+    mixer.__name__.lower() for mixer in MIXERS.values()
+  }
 
 
 @pytest.mark.parametrize("feature_map", ["elu_plus_one", "relu", "softmax"])

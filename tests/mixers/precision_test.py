@@ -24,18 +24,12 @@ def exact(subject, x) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_dtype(subject, dtype):
-  """Outputs have the dtype of the inputs; a recurrent state is float32, a cache is as its
-  inputs."""
+  """Outputs have the dtype of the inputs; memories are float32, caches are as their inputs."""
   y, state = subject(rows(BATCH, 9, dtype))
   assert y.dtype == dtype
-  if isinstance(state, jax.Array):
-    assert state.dtype == jnp.float32
-  elif state is not None:
-    assert {name: leaf.dtype for name, leaf in state.items()} == {
-      "k": dtype,
-      "v": dtype,
-      "length": jnp.int32,
-    }
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    name = path[0].key if path else "memory"
+    assert leaf.dtype == {"memory": jnp.float32, "length": jnp.int32}.get(name, dtype), path
 
 
 def test_drift(subject, errors, rounding):
