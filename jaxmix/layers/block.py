@@ -28,8 +28,9 @@ class Block(nnx.Module):
         1706.03762)
 
   Args:
-    mixer: a mixer (jaxmix.mixers).   mlp: a channel mixer [B, T, D] -> [B, T, D].
-    norm: makes a norm; called twice.
+    mixer: a mixer (jaxmix.mixers).   mlp: a channel mixer [B, T, D] -> [B, T, D], or None: the
+      mixer's branch is then the whole layer.
+    norm: makes a norm; called once a branch.
     placement: "pre_norm" or "post_norm".
     dropout_rate: of each branch before it joins the residual stream.
   """
@@ -37,7 +38,7 @@ class Block(nnx.Module):
   def __init__(
     self,
     mixer: nnx.Module,
-    mlp: nnx.Module,
+    mlp: nnx.Module | None,
     norm: Callable[[], nnx.Module],
     *,
     placement: str,
@@ -48,7 +49,8 @@ class Block(nnx.Module):
         f"placement={placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}"
       )
     self.mixer, self.mlp = mixer, mlp
-    self.mixer_norm, self.mlp_norm = norm(), norm()
+    self.mixer_norm = norm()
+    self.mlp_norm = None if mlp is None else norm()
     self.placement = placement
     self.dropout_rate = dropout_rate
 
@@ -61,10 +63,13 @@ class Block(nnx.Module):
     )
     x = x + dropout(y, self.dropout_rate, keys[0])
     x = x if pre else self.mixer_norm(x)
+    if self.mlp is None:
+      return x, state
     y = self.mlp(self.mlp_norm(x) if pre else x)
     x = x + dropout(y, self.dropout_rate, keys[1])
     return (x if pre else self.mlp_norm(x)), state
 
   def flops(self, batch: int, length: int) -> int:
     """Floating-point operations of a forward pass, a multiply-add counted as two."""
-    return self.mixer.flops(batch, length) + self.mlp.flops(batch, length)
+    branches = (self.mixer,) if self.mlp is None else (self.mixer, self.mlp)
+    return sum(branch.flops(batch, length) for branch in branches)

@@ -36,7 +36,7 @@ class Decoder(nnx.Module):
     mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes
       `jaxmix.mixers.MIXERS` with their defaults. Give `{"local": partial(Attention, window=128)}`
       to configure one.
-    mlp: "gated" or "dense".   mlp_dim: its hidden width; None means 4 D, or 8 D / 3 rounded up to
+    mlp: "gated", "dense", or "none", where a layer is its mixer alone.   mlp_dim: its hidden width; None means 4 D, or 8 D / 3 rounded up to
       64 when gated.
     activation: of the MLP; None means "silu" when gated and "gelu" when dense.
     norm: "rms" or "layer".   placement: "pre_norm" or "post_norm".
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
     mixers = MIXERS if mixers is None else mixers
     for name, value, known in (
       *(("pattern", mixer, mixers) for mixer in pattern),
-      ("mlp", mlp, MLPS),
+      ("mlp", mlp, (*MLPS, "none")),
       ("norm", norm, NORMS),
       ("remat", remat, REMAT_POLICIES),
       ("dtype", dtype, ("float32", "bfloat16")),
@@ -102,13 +102,18 @@ class Decoder(nnx.Module):
         mixer.place(layer, depth)
       return mixer
 
+    def make_mlp(rngs: nnx.Rngs) -> nnx.Module | None:
+      if mlp == "none":
+        return None
+      return MLPS[mlp](dim, mlp_dim, activation=activation, bias=bias, rngs=rngs)
+
     def make_period(key: jax.Array, first: jax.Array) -> nnx.Dict:
       rngs = nnx.Rngs(params=key)
       return nnx.Dict(
         {
           f"{index}_{name}": Block(
             make_mixer(name, first + index, rngs),
-            MLPS[mlp](dim, mlp_dim, activation=activation, bias=bias, rngs=rngs),
+            make_mlp(rngs),
             lambda: NORMS[norm](dim),
             placement=placement,
             dropout_rate=dropout_rate,
