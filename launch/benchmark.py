@@ -35,7 +35,7 @@ examples:
   python launch/benchmark.py trainer --gin_file configs/runs/quickstart.gin
   python launch/benchmark.py decode --tokens 2000"""
 
-OPS = ("linear_attention", "attention")
+OPS = ("linear_attention", "delta_rule", "short_convolution", "attention")
 # A result may be off by this many units in the last place of its dtype, as a fraction of its RMS:
 # what the sums of a few thousand products leave. Beyond it something is wrong, not rounded.
 ALLOWED_UNITS = 64
@@ -108,41 +108,52 @@ def _ops(arguments: argparse.Namespace) -> Iterator[dict]:
 def _op_row(op: str, case, implementation: str, dtype: str, repeats: int) -> dict:
   import jax
   import jax.numpy as jnp
+  import numpy as np
 
   from jaxmix import ops
 
-  inputs = case.inputs()
-  q, k, v = (jnp.asarray(inputs[name], dtype) for name in "qkv")
-  if op == "linear_attention":
-    q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1  # a feature map, without which nothing is summed up
-  cotangent = jax.random.normal(jax.random.key(1), (*q.shape[:3], v.shape[-1]))
-  function = getattr(ops, op)
+  # From the first token on, as most runs begin.
+  arrays = {name: x for name, x in case.inputs().items() if name != "state"}
+  if op == "linear_attention" and "g" not in arrays:
+    for name in ("q", "k"):  # a feature map, without which nothing is summed up
+      arrays[name] = np.where(arrays[name] > 0, arrays[name] + 1, np.exp(arrays[name]))
+  wide = ("g", "beta")  # float32 always
+  arrays = {
+    name: jnp.asarray(x, jnp.float32 if name in wide else dtype) for name, x in arrays.items()
+  }
+  function = functools.partial(getattr(ops, op), **case.options())
 
-  def forward(implementation, q, k, v):
+  def forward(implementation, arrays):
     ids = case.segment_ids()
-    ids = None if ids is None else jnp.asarray(ids[: q.shape[0], : q.shape[1]])
-    return function(q, k, v, segment_ids=ids, implementation=implementation)[0]
+    if ids is not None:
+      batch, length = next(iter(arrays.values())).shape[:2]  # of the rows
+      ids = jnp.asarray(ids[:batch, :length])
+    return function(**arrays, segment_ids=ids, implementation=implementation)[0]
 
-  def backward(implementation, q, k, v):
-    def loss(*inputs):
-      y = forward(implementation, *inputs)
+  whole = jax.eval_shape(functools.partial(forward, "xla"), arrays).shape
+  cotangent = jax.random.normal(jax.random.key(1), whole)
+
+  def backward(implementation, arrays):
+    def loss(arrays):
+      y = forward(implementation, arrays)
       return jnp.sum(y.astype(cotangent.dtype) * cotangent[: y.shape[0], : y.shape[1]])
 
-    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    return jax.grad(loss)(arrays)
 
   # The definition is walked through token by token in float64, so it sees the beginning only.
-  start = [x[:1, :256] for x in (q, k, v)]
-  found = [run(implementation, *start) for run in (forward, backward)]
+  rows = (case.batch, case.length)
+  start = {name: x[:1, :256] if x.shape[:2] == rows else x for name, x in arrays.items()}
+  found = [run(implementation, start) for run in (forward, backward)]
   with jax.enable_x64(True):
-    start = [x.astype(jnp.float64) for x in start]
-    exact = [run("reference", *start) for run in (forward, backward)]
+    start = {name: x.astype(jnp.float64) for name, x in start.items()}
+    exact = [run("reference", start) for run in (forward, backward)]
     value, gradient = (_error(*pair) for pair in zip(found, exact, strict=True))
   good = max(value, gradient) <= ALLOWED_UNITS * float(jnp.finfo(dtype).eps)
   row = {
     "op": op,
     "implementation": implementation,
     "case": case.name,
-    "shape": [case.batch, case.length, case.heads, case.key_dim, case.value_dim],
+    "shapes": {name: list(x.shape) for name, x in arrays.items()},
     "dtype": dtype,
     "value_error": value,
     "gradient_error": gradient,
@@ -151,7 +162,7 @@ def _op_row(op: str, case, implementation: str, dtype: str, repeats: int) -> dic
   if good:
     for name, timed in (("forward", forward), ("forward_backward", backward)):
       run = jax.jit(functools.partial(timed, implementation))
-      row |= _timed(name, lambda run=run: jax.block_until_ready(run(q, k, v)), repeats)
+      row |= _timed(name, lambda run=run: jax.block_until_ready(run(arrays)), repeats)
   return row
 
 

@@ -1,9 +1,9 @@
 """What the GPU kernels of chunked recurrences share: how the work is cut, loads and stores of
 tiles, what a chunk's tokens are to one another, and decays.
 
-Kernels are written for Pallas's Triton backend, the only one with tensor cores on every GPU since
-Ampere. Arrays stay as callers have them, [B, T, heads, K]: a row of a head is one contiguous piece
-of memory. Pallas computes offsets in 64 bits where an array is larger than 4 GiB.
+Kernels are for Pallas's Triton backend, the only one with tensor cores on every GPU since Ampere.
+Arrays stay as callers have them, [B, T, heads, K]: a row of a head is contiguous. Pallas computes
+offsets in 64 bits where an array is larger than 4 GiB.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 DTYPES = ("float32", "bfloat16")
-WIDEST = 512  # key channels whose states fit the registers
+WIDEST = 256  # key channels whose states, and tiles of q and k, fit registers and shared memory
+NARROW = 32  # channels of a tile of keys beside so much else that wider ones overfill the registers
 
 LOG2E = 1 / math.log(2)  # decays are powers of two inside, one instruction each
 # Log-decays of a token in powers of two: below this they are 0 in float32 all the same. So bounded,
@@ -37,13 +39,11 @@ class Blocks:
     chunk: tokens of one chunk (C).
     keys, values: channels of one tile of keys, of values. A program that carries a state holds all
       tiles of keys and one of values.
-    warps: of a program that carries a state.
   """
 
   chunk: int
   keys: int
   values: int
-  warps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +90,11 @@ class Plan:
     return dataclasses.replace(self, blocks=blocks)
 
   def head(self, ref, user):
-    """Where in an array of [B, T, heads, ...] stands what a head of the array with the most uses.
-    """
+    """Where in an array [B, T, heads, ...] stands what a head of the array with the most uses."""
     return user // (self.most // ref.shape[2])
 
   def keys(self, tile):
-    """Channels of a tile of keys, and which of them exist."""
+    """Channels of a tile of keys, and which exist."""
     return _channels(tile, self.blocks.keys, self.key_dim)
 
   def values(self, tile):
@@ -113,34 +112,30 @@ def make_plan(q, k, v, blocks: Blocks | None) -> Plan:
 
 
 def choose_blocks(states: int, key_dim: int, value_dim: int, dtype) -> Blocks:
-  """The blocks for so many states (B * H).
-
-  A state lies in the registers of a program's warps, in tiles. Wide keys leave fewer values for
-  each program, and where states are few, values are cut finer so that there are more programs.
-  """
+  """The blocks for so many states (B * H). Wide keys leave registers for fewer values in each
+  program, and where states are few, values are cut finer so that there are more programs."""
   exact = jnp.dtype(dtype) == jnp.float32
   keys = min(64, tile_size(key_dim))
   held = keys * pl.cdiv(key_dim, keys)
-  room = 4096 if exact else 8192  # numbers of a state that four warps hold beside their work
+  room = 2048 if exact else 8192  # numbers of a state that registers hold beside the work
   values = min(64, tile_size(value_dim), max(16, 1 << (room // held).bit_length() - 1))
   while values > 32 and states * pl.cdiv(value_dim, values) < 256:
     values //= 2
-  return Blocks(chunk=32 if exact else 64, keys=keys, values=values, warps=4)
+  return Blocks(chunk=32 if exact else 64, keys=keys, values=values)
 
 
 def tile_size(dim: int) -> int:
-  """The least power of two from 16 on, the least that a tensor core multiplies, that is not
-  below."""
+  """The least power of two that is not below, from 16 on, which a tensor core wants."""
   return max(16, 1 << (dim - 1).bit_length())
 
 
 def shortage(key_dim: int) -> str | None:
-  """Why a state does not fit the registers, or None."""
+  """Why the tiles of a walk do not fit, or None."""
   if key_dim <= WIDEST:
     return None
   return (
-    f"key_dim={key_dim} needs a state of {key_dim} x 16 float32 in the registers of one program "
-    f"and {WIDEST} x 16 fit; split the heads"
+    f"key_dim={key_dim}: one program holds all channels of a key, and registers and shared memory "
+    f"have room for {WIDEST}; split the heads"
   )
 
 
@@ -149,13 +144,13 @@ def mixed_dtypes(**arrays) -> str | None:
   dtypes = [str(x.dtype) for x in arrays.values()]
   if dtypes[0] in DTYPES and len(set(dtypes)) == 1:
     return None
-  names = ", ".join(arrays)
-  return f"{names} are {', '.join(dtypes)}, expected all float32 or all bfloat16"
+  return f"{', '.join(arrays)} are {', '.join(dtypes)}, expected all float32 or all bfloat16"
 
 
-def compiler_params(warps: int, stages: int) -> plgpu.CompilerParams:
-  """Without which Pallas would take another backend."""
-  return plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+def compiler_params() -> plgpu.CompilerParams:
+  """Without which Pallas would take another backend. Four warps are one multiplication of 64 rows
+  on Hopper; eight would hold the same tiles twice elsewhere."""
+  return plgpu.CompilerParams(num_warps=4, num_stages=2)
 
 
 def _channels(tile, size: int, dim: int):
@@ -187,17 +182,17 @@ def _all(masks):
   return found
 
 
-def dot(a, b, axes: tuple[int, int] = (1, 0)):
-  """Contracts axes[0] of a with axes[1] of b on tensor cores, accumulating in float32; float32
-  operands are not rounded."""
-  exact = a.dtype == jnp.float32
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((axes[0],), (axes[1],)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST if exact else None,
-    preferred_element_type=jnp.float32,
-  )
+def dot(a, b, axes: tuple[int, int] = (1, 0), dtype=jnp.float32):
+  """Contracts axes[0] of a with axes[1] of b on tensor cores, accumulating in float32. float32
+  operands go as sums of bfloat16 (see `split` for `dtype`), in the products that matter: whole,
+  they would pass by the tensor cores and overfill the registers."""
+  if a.dtype == jnp.bfloat16:
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+  a, b = split(a, dtype), split(b, dtype)
+  pairs = [(i, j) for i in range(len(a)) for j in range(len(a) - i)]
+  small_first = sorted(pairs, key=sum, reverse=True)
+  return add(dot(a[i], b[j], axes) for i, j in small_first)
 
 
 def times(x, factor, axis: int):
@@ -211,28 +206,36 @@ class Chunk:
   """One chunk of C tokens of a row of the batch.
 
   Attributes:
-    number: of the chunk.   rows: its tokens.
+    rows: its tokens.
     exists: [C], which of them are not beyond the length; None means all.
-    documents: [C], the document of each; None means one.
-    reads, writes: [C], which queries read the state before the chunk, and which keys stay in the
-      state after it; None means all.
-    keeps: whether the state before is part of the state after; None means yes.
+    packed: whether there are documents. What depends on them is loaded when it is asked for: held,
+      it would take registers from everything between.
   """
 
   def __init__(self, plan: Plan, documents_ref, batch, number):
-    size, length = plan.blocks.chunk, plan.length
-    first = number * size
-    self._first, self._size = first, size
-    self.number, self.rows = number, pl.ds(first, size)
-    self.exists = None if length % size == 0 else first + jnp.arange(size) < length
-    self.documents = self.reads = self.writes = self.keeps = None
-    if documents_ref is not None:
-      self.documents = load(documents_ref, (batch, self.rows), self.exists)
-      last = documents_ref[batch, jnp.minimum(first + size, length) - 1]
-      before = documents_ref[batch, jnp.maximum(first - 1, 0)]
-      before = jnp.where(number > 0, before, 0)  # the state given belongs to document 0
-      self.reads, self.writes = self.documents == before, self.documents == last
-      self.keeps = last == before
+    self._length, self._size = plan.length, plan.blocks.chunk
+    self._documents_ref, self._batch = documents_ref, batch
+    self._number, self._first = number, number * self._size
+    self.packed = documents_ref is not None
+    self.rows = pl.ds(self._first, self._size)
+    self.exists = None
+    if plan.length % self._size:
+      self.exists = self._first + jnp.arange(self._size) < plan.length
+
+  @property
+  def reads(self):
+    """[C], which queries read the state before the chunk; None means all."""
+    return self._documents() == self._before() if self.packed else None
+
+  @property
+  def writes(self):
+    """[C], which keys stay in the state after the chunk; None means all."""
+    return self._documents() == self._last() if self.packed else None
+
+  @property
+  def keeps(self):
+    """Whether the state before is part of the state after; None means yes."""
+    return self._before() == self._last() if self.packed else None
 
   def visible(self, *, by_key: bool = False):
     """[C, C], which key (column) a query (row) sees; the other way round with `by_key`."""
@@ -240,9 +243,22 @@ class Chunk:
     # Counted from the row's beginning: what is the same in each chunk would be kept in registers.
     token = self._first + jnp.arange(self._size)
     visible = of_query(token) >= of_key(token)
-    if self.documents is not None:
-      visible &= of_query(self.documents) == of_key(self.documents)
+    if self.packed:
+      documents = self._documents()
+      visible &= of_query(documents) == of_key(documents)
     return visible
+
+  def _documents(self):
+    return load(self._documents_ref, (self._batch, self.rows), self.exists)
+
+  def _before(self):
+    """The document of the state before; the state given belongs to document 0."""
+    before = self._documents_ref[self._batch, jnp.maximum(self._first - 1, 0)]
+    return jnp.where(self._number > 0, before, 0)
+
+  def _last(self):
+    end = jnp.minimum(self._first + self._size, self._length)
+    return self._documents_ref[self._batch, end - 1]
 
 
 def orient(by_key: bool):
@@ -338,8 +354,7 @@ class Levels:
 
 
 def split(x, dtype) -> list:
-  """x in float32 as a sum of parts that the tensor cores take as they are: exactly, or, where
-  `dtype` is bfloat16, to 16 digits."""
+  """x in float32 as a sum of bfloat16: exactly, or, where `dtype` is bfloat16, to 16 digits."""
   parts = []
   for _ in range(3 if dtype == jnp.float32 else 2):
     # Cut off, not rounded: a compiler may take a number rounded and widened again for itself.
@@ -357,11 +372,19 @@ def add_rows(which, parts: list):
 
 
 def sum_passed(read, written):
-  """[C]: for each token the sum of `read` [C] from it on and of `written` [C] before it: of all
-  that its decay stands between."""
+  """[C], what each token's decay stands between: the sum of `read` from it on and of `written`
+  before it."""
   row, column = orient(False)
   token = jnp.arange(read.shape[0])
   return jnp.sum(jnp.where(column(token) >= row(token), column(read), column(written)), axis=1)
+
+
+def apart(pairs):
+  """Pairs [C, C] of tokens with earlier ones, and with themselves [C], which nothing decays."""
+  row, column = orient(False)
+  token = jnp.arange(pairs.shape[0])
+  own = jnp.where(row(token) == column(token), pairs.astype(jnp.float32), 0)
+  return jnp.where(row(token) > column(token), pairs, 0), jnp.sum(own, axis=1)
 
 
 def both(one, other):
@@ -374,3 +397,203 @@ def both(one, other):
 def add(terms):
   """The sum of arrays, of which there is one at least."""
   return functools.reduce(jnp.add, terms)
+
+
+def is_vector(g) -> bool:
+  """Whether g has a decay for each key channel."""
+  return g is not None and g.ndim == 4
+
+
+def sum_shared(dx, x):
+  """The gradient of x from those of its heads' users, summed in float32."""
+  if dx.shape == x.shape:
+    return dx.astype(x.dtype)
+  shared = dx.reshape(*x.shape[:3], -1, x.shape[3])
+  return shared.sum(axis=3).astype(x.dtype)
+
+
+def gradient_of(x, heads: int):
+  """What a kernel writes the gradient of x to: a head for each user, float32 where it is summed."""
+  batch, length, own, dim = x.shape
+  shape = (batch, length, max(own, heads), dim)
+  return jax.ShapeDtypeStruct(shape, x.dtype if own >= heads else jnp.float32)
+
+
+def call(
+  kernel,
+  plan: Plan,
+  grid,
+  out_shape,
+  *,
+  name: str,
+  flops: int,
+  exponentials: int = 0,
+  interpret=False,
+):
+  """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays, as a GPU does."""
+
+  def run(*arrays):
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, out_shape)))
+    return pl.pallas_call(
+      functools.partial(kernel, plan=plan),
+      grid=grid,
+      out_shape=out_shape,
+      compiler_params=compiler_params(),
+      cost_estimate=pl.CostEstimate(
+        flops=flops, transcendentals=exponentials, bytes_accessed=moved
+      ),
+      name=name,
+      interpret=interpret,
+    )(*arrays)
+
+  return run
+
+
+class State:
+  """The tiles of a state that a walk carries: all of its keys, one tile of values."""
+
+  def __init__(self, plan: Plan, batch, head, tile):
+    self._plan, self._index = plan, (batch, head)
+    self._values = plan.values(tile)
+
+  def load(self, ref) -> tuple:
+    """From [B, H, K, V]; zeros from None."""
+    if ref is None:
+      blocks = self._plan.blocks
+      return (jnp.zeros((blocks.keys, blocks.values), jnp.float32),) * self._plan.key_tiles
+    return tuple(load(ref, *at) for at in self._places())
+
+  def store(self, ref, state, *number) -> None:
+    """To [B, H, K, V], or of a chunk's number to [B, H, N, K, V]."""
+    for part, (index, *masks) in zip(state, self._places(*number), strict=True):
+      store(ref, index, part, *masks)
+
+  def _places(self, *number):
+    columns, columns_exist = self._values
+    for tile in range(self._plan.key_tiles):
+      channels, exist = self._plan.keys(tile)
+      yield (*self._index, *number, channels, columns), exist, columns_exist
+
+
+class Prepared(NamedTuple):
+  """What the chunks are to the state, where there is decay.
+
+  Attributes:
+    pairs: A [B, M, T, C], what each query reads of the keys of its chunk.
+    reading, written: with vector decay, queries [B, M, T, K] as they read the state before the
+      chunk, and keys [B, H, T, K] as they stay in the state after it.
+    read, write: with one decay a token, the factors [B, H, T] that make q and k so.
+    keep: what is left of the state before in the state after: [B, H, N, K], or [B, H, N].
+  """
+
+  pairs: jax.Array
+  reading: jax.Array | None
+  written: jax.Array | None
+  read: jax.Array | None
+  write: jax.Array | None
+  keep: jax.Array
+
+
+def prepare(plan: Plan, q, k, g, documents, *, name: str, dtype, interpret) -> Prepared:
+  """Computes it, for all chunks at once; g: [B, T, H] or [B, T, H, K], dtype: of A."""
+  batch, heads, length, size = plan.batch, plan.heads, plan.length, plan.blocks.chunk
+  rows, vector = batch * plan.most * length, is_vector(g)
+  if vector:
+    plan = plan.with_keys(NARROW)
+  of_state, keys = (batch, heads), (plan.key_dim,) * vector
+  row = None if vector else jax.ShapeDtypeStruct((*of_state, length), jnp.float32)
+  shapes = Prepared(
+    pairs=jax.ShapeDtypeStruct((batch, plan.most, length, size), dtype),
+    reading=jax.ShapeDtypeStruct((batch, plan.most, length, *keys), q.dtype) if vector else None,
+    written=jax.ShapeDtypeStruct((*of_state, length, *keys), q.dtype) if vector else None,
+    read=row,
+    write=row,
+    keep=jax.ShapeDtypeStruct((*of_state, plan.chunks, *keys), jnp.float32),
+  )
+  sizes = size.bit_length() - 1 if vector else 1
+  return call(
+    _vector_pairs_kernel if vector else _pairs_kernel,
+    plan,
+    (plan.chunks, plan.most, batch),
+    shapes,
+    name=name,
+    flops=rows * 2 * size * plan.key_dim * sizes,
+    exponentials=rows * (plan.key_dim * (sizes + 2) if vector else size + 2),
+    interpret=interpret,
+  )(q, k, g, documents)
+
+
+def _pairs_kernel(q_ref, k_ref, g_ref, documents_ref, *prepared_refs, plan: Plan):
+  prepared = Prepared(*prepared_refs)
+  number, user, batch = (pl.program_id(axis) for axis in range(3))
+  chunk = Chunk(plan, documents_ref, batch, number)
+  size, head = plan.blocks.chunk, user // plan.group
+
+  def of_tile(tile, scores):
+    channels, exist = plan.keys(tile)
+    q, k = (
+      load(ref, (batch, chunk.rows, plan.head(ref, user), channels), chunk.exists, exist)
+      for ref in (q_ref, k_ref)
+    )
+    return scores + dot(q, k, (1, 1))
+
+  scores = jnp.zeros((size, size), jnp.float32)
+  scores = jax.lax.fori_loop(0, plan.key_tiles, of_tile, scores)
+  g = load(g_ref, (batch, chunk.rows, plan.head(g_ref, user)), chunk.exists)
+  weights = Weights(chunk, g)
+  index = (batch, user, chunk.rows, pl.ds(0, size))
+  store(prepared.pairs, index, weights.decay(scores), chunk.exists, None)
+  # Queries that share a state have its decay, too, and one of them writes what belongs to it.
+  mine = both(chunk.exists, first_of_state(plan, user))
+  store(prepared.read, (batch, head, chunk.rows), weights.read, mine)
+  store(prepared.write, (batch, head, chunk.rows), weights.write, mine)
+  store(
+    prepared.keep, (batch, head, pl.ds(number, 1)), weights.keep[None], first_of_state(plan, user)
+  )
+
+
+def first_of_state(plan: Plan, user):
+  """[1], whether a query is the first of those that share a state; None where none do."""
+  return None if plan.group == 1 else (user % plan.group == 0)[None]
+
+
+def _vector_pairs_kernel(q_ref, k_ref, g_ref, documents_ref, *prepared_refs, plan: Plan):
+  prepared = Prepared(*prepared_refs)
+  number, user, batch = (pl.program_id(axis) for axis in range(3))
+  chunk = Chunk(plan, documents_ref, batch, number)
+  size, dtype, head = plan.blocks.chunk, q_ref.dtype, user // plan.group
+  row, column = orient(False)
+  token = jnp.arange(size)
+
+  def of_tile(tile, pairs):
+    channels, exist = plan.keys(tile)
+
+    def tile_of(ref):
+      index = (batch, chunk.rows, plan.head(ref, user), channels)
+      return load(ref, index, chunk.exists, exist)
+
+    levels = Levels(size, functools.partial(tile_of, g_ref), dtype)
+    first = first_of_state(plan, user)
+    reading = times(tile_of(q_ref) * levels.until(), chunk.reads, 0)
+    index = (batch, user, chunk.rows, channels)
+    store(prepared.reading, index, reading, chunk.exists, exist)
+    written = times(tile_of(k_ref) * levels.after(), chunk.writes, 0)
+    index = (batch, head, chunk.rows, channels)
+    store(prepared.written, index, written, both(chunk.exists, first), exist)
+    keep = kept(chunk.keeps, levels.total())
+    store(prepared.keep, (batch, head, number, channels), keep, both(exist, first))
+
+    def at_level(level, pairs):
+      decay, second, together = levels.at(level)
+      of_query = jnp.where(second, tile_of(q_ref) * decay, 0).astype(dtype)
+      of_key = jnp.where(second, 0, tile_of(k_ref) * decay).astype(dtype)
+      return pairs + jnp.where(together, dot(of_query, of_key, (1, 1)), 0)
+
+    q, k = (tile_of(ref).astype(jnp.float32) for ref in (q_ref, k_ref))
+    pairs += jnp.where(row(token) == column(token), row(jnp.sum(q * k, axis=1)), 0)
+    return jax.lax.fori_loop(0, levels.count, at_level, pairs)
+
+  pairs = jnp.zeros((size, size), jnp.float32)
+  pairs = jax.lax.fori_loop(0, plan.key_tiles, of_tile, pairs)
+  pairs = jnp.where(chunk.visible(), pairs, 0)
+  store(prepared.pairs, (batch, user, chunk.rows, pl.ds(0, size)), pairs, chunk.exists, None)

@@ -86,9 +86,7 @@ class Windows:
     grid_of: batch size -> the grid.
   """
 
-  def __init__(
-    self, blocks: Blocks, most: int, fewest: int, length: int, *, reverse: bool = False
-  ):
+  def __init__(self, blocks: Blocks, most: int, fewest: int, length: int, *, reverse: bool = False):
     self.count = pl.cdiv(length, blocks.tokens)
     self.parts = max(most // fewest // blocks.heads, 1)
     self._blocks, self._most = blocks, most
@@ -116,7 +114,7 @@ class Windows:
     held = self.held(heads) * (self.parts if heads == self._most else 1)
     return pl.BlockSpec((1, held, key_dim, value_dim), lambda b, c, n, p: (b, c, 0, 0))
 
-  def starts(self, heads: int, kept: int, key_dim: int, value_dim: int) -> pl.BlockSpec:
+  def starts(self, heads: int, key_dim: int, value_dim: int, kept: int = 1) -> pl.BlockSpec:
     """Of [B, heads, N * kept, K, V]: states kept for the backward pass, so many a block."""
     shape, of = (1, self.held(heads), kept, key_dim, value_dim), self._heads(heads)
     return pl.BlockSpec(shape, lambda b, c, n, p: (b, of(c, p), self._block(n), 0, 0))
@@ -221,10 +219,10 @@ def parts_of(x, count: int = 3):
   return parts
 
 
-def triangle(size: int, *, lower: bool = True):
-  """[size, size] bfloat16, ones where row >= column, or row <= column, else zeros."""
+def triangle(size: int, *, strictly_upper: bool = False):
+  """[size, size] bfloat16, ones where row >= column, or row < column, else zeros."""
   row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-  ones = row >= column if lower else row <= column
+  ones = row < column if strictly_upper else row >= column
   return jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
 
 
@@ -262,6 +260,8 @@ class ScalarDecays:
 
   def __init__(self, g, chunks: int, *, exact: bool):
     self._chunks = chunks
+    if len(g) == 1:  # products with a single row are lowered otherwise, in bfloat16 wrongly
+      g = jnp.broadcast_to(g, (8, g.shape[1]))
     g = jnp.maximum(g, STRONGEST) * LOG2_E
     summed = [g]
     if exact:  # multiples of the grain add up exactly, and the rest stays small
@@ -300,7 +300,7 @@ def prefix_sum(rows):
   for x in _eights(rows):
     until = x
     for half in (1, 2, 4):
-      until = until + where(sublane & half != 0, _take(until, (sublane | 2 * half - 1) - half))
+      until = until + where(sublane & half != 0, _other_total(until, half))
     sums.append(running + until - x)
     running = running + until[7:]
   return jnp.concatenate(sums)
@@ -331,13 +331,11 @@ class ChannelDecay:
     sublane = _sublanes(g.shape[1])
     for half in (1, 2, 4):
       later = sublane & half != 0
-      # The sum of the other half, of which its last row holds `until`.
-      other = jnp.where(later, (sublane | 2 * half - 1) - half, sublane | 2 * half - 1)
       self._exponents[half] = [
         jnp.where(later, u, a) for u, a in zip(self._until, self._after, strict=True)
       ]
       for i, until in enumerate(self._until):
-        total = _take(until, other)
+        total = _other_total(until, half)
         self._until[i] = until + where(later, total)
         self._after[i] = self._after[i] + where(~later, total)
     totals = [jnp.broadcast_to(x[7:], x.shape) for x in self._until]
@@ -421,7 +419,7 @@ class ChannelDecay:
 
 
 def meeting_size(size: int):
-  """[C, C] int32: half of the size of the block whose halves part row and column; 0 on the diagonal."""
+  """[C, C] int32: half of the size of the block whose halves part row and column; diagonal: 0."""
   row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
   different, half = row ^ column, jnp.zeros((size, size), jnp.int32)
   for bit in range(size.bit_length() - 1):
@@ -448,6 +446,14 @@ def _sublanes(width: int):
   return jax.lax.broadcasted_iota(jnp.int32, (8, width), 0)
 
 
-def _take(x, rows):
-  """x[rows[i, j], j]; both [8, K]: one instruction."""
-  return jnp.take_along_axis(x, rows, axis=0, mode="promise_in_bounds")
+def _other_total(until, half: int):
+  """[8, K]: for each row, the last row of the other half of its block of two halves."""
+  sublane = _sublanes(until.shape[1])
+  last = sublane | 2 * half - 1
+  other = jnp.where(sublane & half != 0, last - half, last)
+  if not pltpu.is_tpu_device() or pltpu.get_tpu_info().generation > 4:
+    return jnp.take_along_axis(until, other, axis=0, mode="promise_in_bounds")  # one instruction
+  total = until
+  for row in range(half - 1, 8, half):
+    total = jnp.where(other == row, until[row : row + 1], total)
+  return total

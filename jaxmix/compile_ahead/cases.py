@@ -29,20 +29,24 @@ class CaseProgram:
   Attributes:
     op: name of the op.   case: of the case.   direction: one of DIRECTIONS.
     implementation: "tpu", "gpu", "xla" or BASELINE.
-    shape: B, T, H, K, V.   dtype: of the arrays; states are float32.
+    dtype: of the arrays but those that are float32 always.
   """
 
   op: str
   case: str
   direction: str
   implementation: str
-  shape: tuple[int, ...]
   dtype: str
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of the case."""
+    return find_case(self.op, self.case).shapes()
 
   def program(self, platform: str) -> tuple[Callable, tuple[Any, ...]]:
     """(function, abstract arguments), the cotangent of y last where it runs backward."""
     if self.implementation == BASELINE:
-      function, arrays = _baseline(self.shape, self.dtype, platform)
+      function, arrays = _baseline(self.shapes["q"], self.dtype, platform)
     else:
       function, arrays = self._op()
     if self.direction == "forward":
@@ -53,7 +57,7 @@ class CaseProgram:
   def _op(self) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
     case = find_case(self.op, self.case)
     arrays = {
-      name: jax.ShapeDtypeStruct(shape, "float32" if name == "state" else self.dtype)
+      name: jax.ShapeDtypeStruct(shape, "float32" if name in case.float32 else self.dtype)
       for name, shape in case.shapes().items()
     }
     if (ids := case.segment_ids()) is not None:
@@ -115,17 +119,18 @@ def case_programs(
   chosen = [find_case(op, name) for name in names or every]
   programs = []
   for case in chosen:
-    beside = ("xla", BASELINE) if case.name in benchmarks else ()
-    shape = (case.batch, case.length, case.heads, case.key_dim, case.value_dim)
+    beside = ("xla",) if case.name in benchmarks else ()
+    if beside and "q" in case.shapes():
+      beside = (*beside, BASELINE)
     for implementation in (*([kernel] if has_kernel else []), *beside):
       for direction in DIRECTIONS:
-        programs.append(CaseProgram(op, case.name, direction, implementation, shape, dtype))
+        programs.append(CaseProgram(op, case.name, direction, implementation, dtype))
   return tuple(programs)
 
 
 def _baseline(shape: tuple[int, ...], dtype: str, platform: str) -> tuple[Callable, dict]:
   """JAX's own fused causal attention, in the layout that it takes."""
-  batch, length, heads, key_dim, _ = shape
+  batch, length, heads, key_dim = shape
   if platform == "tpu":
     function, sizes = _flash_tpu, (batch, heads, length, key_dim)
   else:

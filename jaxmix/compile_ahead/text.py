@@ -121,7 +121,7 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
     "case": case.case,
     "direction": case.direction,
     "implementation": case.implementation,
-    "shape": list(case.shape),
+    "shapes": {name: list(shape) for name, shape in case.shapes.items()},
     "dtype": case.dtype,
     "target": report.target,
     "versions": report.versions,

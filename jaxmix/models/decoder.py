@@ -36,8 +36,8 @@ class Decoder(nnx.Module):
     mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes
       `jaxmix.mixers.MIXERS` with their defaults. Give `{"local": partial(Attention, window=128)}`
       to configure one.
-    mlp: "gated", "dense", or "none", where a layer is its mixer alone.   mlp_dim: its hidden width; None means 4 D, or 8 D / 3 rounded up to
-      64 when gated.
+    mlp: "gated", "dense", or "none", where a layer is its mixer alone.
+    mlp_dim: hidden width of the MLP; None means 4 D, or 8 D / 3 rounded up to 64 when gated.
     activation: of the MLP; None means "silu" when gated and "gelu" when dense.
     norm: "rms" or "layer".   placement: "pre_norm" or "post_norm".
     bias: biases in the MLPs (mixers have their own setting).

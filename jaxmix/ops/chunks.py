@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     q, k, v: [B, T, heads, K or V]; each has the most or the fewest heads among the three, and
       neighbours share a head.
     beta: [B, T, H] or None; with it the delta rule.
-    g: None, [H], [B, T, H] or [B, T, H, K], as many heads as the state.
+    g: None, [B, T, H] or [B, T, H, K], as many heads as the state.
   """
 
   q: jax.Array
@@ -118,8 +118,11 @@ def _prepare(dtype, documents, rows: Rows) -> _Prepared:
     if g.shape[-1] == 1:
       return dot("ck,sk->cs", a=q, b=k) * decays.pair_decays(g, visible)
     arrays = jnp.broadcast_arrays(q, k, g)
-    weights = decays.decayed_scores(dtype, *map(_merged, arrays))
-    return jnp.where(visible, weights.reshape(*arrays[0].shape[:-1], -1), 0)
+    seen = visible
+    if seen.ndim > 2:
+      seen = _merged(jnp.repeat(seen, g.shape[2], axis=2))
+    weights = decays.decayed_scores(dtype, *map(_merged, arrays), seen)
+    return weights.reshape(*arrays[0].shape[:-1], -1)
 
   written, erased = v, None
   if beta is not None:
@@ -208,7 +211,6 @@ def _cut_rows(rows: Rows, size: int) -> Rows:
   cut = functools.partial(_cut, fewest=fewest, size=size)
   accumulator = jnp.promote_types(v.dtype, jnp.float32)
   if g is not None:
-    g = jnp.broadcast_to(g, (*q.shape[:2], *g.shape)) if g.ndim == 1 else g
     g = cut(g.reshape(*g.shape[:3], -1))
   beta = None if beta is None else cut(beta[..., None])
   q, k, v = (cut(x.astype(accumulator)) for x in (q, k, v))

@@ -71,7 +71,7 @@ class _Sums:
     return inside.reshape(self.shape)
 
 
-def _add_up(which: np.ndarray, terms: jax.Array, spec: str) -> jax.Array:
+def _add_up(which: np.ndarray | jax.Array, terms: jax.Array, spec: str) -> jax.Array:
   return jnp.einsum(spec, which.astype(terms.dtype), terms, precision="highest")
 
 
@@ -93,21 +93,23 @@ def pair_decays(g: jax.Array, visible: jax.Array) -> jax.Array:
   """exp(g_{s+1} + ... + g_r) for key s (column) and query r (row) where visible, else 0.
 
   Args:
-    g: [..., C, 1].   visible: [..., C, C], at most the keys s <= r.
+    g: [..., C, 1].   visible: [..., C, C], the keys s <= r of the query's document.
   """
   # A difference of sums would lose the digits that the larger sum lacks. In two parts it does not:
   # the one adds and subtracts exactly, the other stays small.
   coarse = jnp.round(jax.lax.stop_gradient(g) * GRAIN) / GRAIN
   parts = jnp.concatenate([coarse, g - coarse], axis=-1)
-  parts = _add_up(np.tri(g.shape[-2]), parts, "ts,...sk->...tk")
+  parts = _add_up(visible, parts, "...ts,...sk->...tk")  # from the beginning of the document
   exponent = (parts[..., :, None, :] - parts[..., None, :, :]).sum(-1)
   # Masked twice: the first keeps the gradient from 0 * inf, where exp of a later key overflows.
   return jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0)), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def decayed_scores(dtype, q: jax.Array, k: jax.Array, g: jax.Array) -> jax.Array:
-  """sum_k q_rk k_sk exp(g_{s+1,k} + ... + g_rk) for s <= r, else 0.
+def decayed_scores(
+  dtype, q: jax.Array, k: jax.Array, g: jax.Array, visible: jax.Array
+) -> jax.Array:
+  """sum_k q_rk k_sk exp(g_{s+1,k} + ... + g_rk) for key s and query r where visible, else 0.
 
   A pair of tokens is met at the size of block whose halves part them. With the boundary between the
   halves as anchor the decay is one factor of the query times one of the key, neither above 1, so
@@ -116,10 +118,11 @@ def decayed_scores(dtype, q: jax.Array, k: jax.Array, g: jax.Array) -> jax.Array
   Args:
     dtype: of the operands of the products.
     q, k, g: [..., N, C, K], C a power of two.
+    visible: [..., N, C, C], the keys s <= r of the query's document.
   Returns:
     [..., N, C, C].
   """
-  return _scores(dtype, q, k, _Sums(g))
+  return jnp.where(visible, _scores(dtype, q, k, _Sums(g)), 0)
 
 
 def _scores(dtype, q, k, sums: _Sums):
@@ -149,18 +152,19 @@ def _scores(dtype, q, k, sums: _Sums):
   return scores[..., 0, :, :]
 
 
-def _decayed_scores_forward(dtype, q, k, g):
-  return decayed_scores(dtype, q, k, g), (q, k, g)
+def _decayed_scores_forward(dtype, q, k, g, visible):
+  return decayed_scores(dtype, q, k, g, visible), (q, k, g, visible)
 
 
 def _decayed_scores_backward(dtype, arrays, cotangent):
-  q, k, g = arrays
+  q, k, g, visible = arrays
   sums = _Sums(g)
   _, pull = jax.vjp(lambda q, k: _scores(dtype, q, k, sums), q, k)
-  dq, dk = pull(cotangent)
-  # A score is multiplied by exp of a sum that ends at its query and begins after its key.
+  dq, dk = pull(jnp.where(visible, cotangent, 0))
+  # A score is multiplied by exp of a sum that ends at its query and begins after its key. What a
+  # document's sums get adds up to nothing but for rounding, which must not reach another document.
   dsum = q * dq - k * dk
-  return dq, dk, _add_up(np.tri(g.shape[-2]).T, dsum, "ts,...sk->...tk")
+  return dq, dk, _add_up(visible, dsum, "...ts,...tk->...sk"), None
 
 
 decayed_scores.defvjp(_decayed_scores_forward, _decayed_scores_backward)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from jaxmix.ops.recurrence import Op, Rows, check_rows, recurrence
-from pallas_kernels.delta_rule import reference
+from pallas_kernels.delta_rule import reference, tpu
 
-OP = Op("delta_rule", reference.delta_rule, ())
+OP = Op("delta_rule", reference.delta_rule, (("tpu", tpu),))
 
 
 def delta_rule(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.ops.recurrence import Op, Rows, check_rows, recurrence
-from pallas_kernels.linear_attention import reference
+from pallas_kernels.linear_attention import gpu, reference, tpu
 
-OP = Op("linear_attention", reference.linear_attention, ())
+OP = Op("linear_attention", reference.linear_attention, (("tpu", tpu), ("gpu", gpu)))
 NORMALIZER_EPS = (
   1e-10  # added to the sum of weights; as in the published implementations of the normalised form
 )

@@ -149,14 +149,15 @@ def check_rows(op: str, rows: Rows, state, segment_ids, *, columns: str = "V]") 
 
 
 def _inert_at_padding(rows: Rows, segment_ids) -> Rows:
-  """Rows that neither write, decay nor are read at padding; beta and g in float32."""
+  """Rows that neither write, decay nor are read at padding; beta and g in float32, g one a token at
+  least."""
   q, k, v, beta, g = rows
   accumulator = jnp.promote_types(v.dtype, jnp.float32)
   beta, g = (None if x is None else x.astype(accumulator) for x in (beta, g))
+  if g is not None and g.ndim == 1:
+    g = jnp.broadcast_to(g, (*q.shape[:2], g.shape[0]))
   if segment_ids is None:
     return Rows(q, k, v, beta, g)
-  if g is not None and g.ndim == 1:
-    g = jnp.broadcast_to(g, (*segment_ids.shape, g.shape[0]))
 
   def clear(x):
     live = (segment_ids != 0).reshape(*segment_ids.shape, *(1,) * (x.ndim - 2))
@@ -282,8 +283,8 @@ def _chunked_backward(call: _Call, rows, state, segment_ids, starts, dy, dstate)
 
 
 def _axes(x) -> tuple:
-  """Logical axes of q, k, v, beta or g: [B, T, heads, ...] or [heads]."""
-  return ("heads",) if x.ndim == 1 else ("batch", None, "heads", *(None,) * (x.ndim - 3))
+  """Logical axes of q, k, v, beta or g: [B, T, heads, ...]."""
+  return ("batch", None, "heads", *(None,) * (x.ndim - 3))
 
 
 ROWS = ("batch", None, "heads", None)

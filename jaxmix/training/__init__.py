@@ -2,6 +2,16 @@
 
 from jaxmix.training.loop import Result, train
 from jaxmix.training.optimizers import adamw, cosine, muon, warmup_stable_decay
+from jaxmix.training.plots import plot_comparison
 from jaxmix.training.step import TrainStep
 
-__all__ = ["Result", "TrainStep", "adamw", "cosine", "muon", "train", "warmup_stable_decay"]
+__all__ = [
+  "Result",
+  "TrainStep",
+  "adamw",
+  "cosine",
+  "muon",
+  "plot_comparison",
+  "train",
+  "warmup_stable_decay",
+]

@@ -1,4 +1,4 @@
-"""The loss curve of a run, drawn from its metrics file."""
+"""Loss curves, drawn from the metrics files of runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 
 
 def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -19,6 +20,64 @@ def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
     ValueError: it has no loss yet.
   """
   workdir = pathlib.Path(workdir)
+  figure, axes = _figure()
+  losses = []
+  for split, rows in _curves(workdir).items():
+    often = split == "train"  # logged at many steps: a thin line, the points of the others marked
+    losses += [row["loss"] for row in rows]
+    axes.plot(
+      [row["step"] for row in rows],
+      [row["loss"] for row in rows],
+      linewidth=1.0 if often else 1.8,
+      alpha=0.65 if often else 1.0,
+      marker="o" if len(rows) < 3 or not often else None,  # one point alone makes no line
+      markersize=4,
+      zorder=2 if often else 3,
+      label=_label(split, rows[-1]),
+    )
+  losses.sort()
+  if losses[-1] > 4 * losses[len(losses) // 2] > 0:
+    axes.set_yscale("log")  # a few huge first losses would flatten the rest into a line
+  return _save(figure, axes, workdir / "loss.png")
+
+
+def plot_comparison(
+  runs: Mapping[str, str | os.PathLike[str]], target: str | os.PathLike[str], *, split: str
+) -> pathlib.Path:
+  """Draws one curve a run: the perplexity of a split over the steps.
+
+  Args:
+    runs: label -> work directory.   target: the picture to write.   split: such as "validation".
+  Returns:
+    target. The legend gives the last perplexity of each run, best first.
+  Raises:
+    FileNotFoundError: a run has no metrics file.
+    ValueError: a run has no loss of this split.
+  """
+  figure, axes = _figure()
+  curves = {}
+  for label, workdir in runs.items():
+    found = _curves(pathlib.Path(workdir))
+    if split not in found:
+      raise ValueError(
+        f"{workdir} has no losses of {split!r} — it has {', '.join(found)} — name one of these"
+      )
+    curves[label] = found[split]
+  for label, rows in sorted(curves.items(), key=lambda curve: curve[1][-1]["loss"]):
+    axes.plot(
+      [row["step"] for row in rows],
+      [math.exp(row["loss"]) for row in rows],
+      marker="o",
+      markersize=4,
+      label=f"{label}: {math.exp(rows[-1]['loss']):.1f}",
+    )
+  axes.set_yscale("log")
+  axes.set_ylabel(f"perplexity, {split}")
+  return _save(figure, axes, pathlib.Path(target))
+
+
+def _curves(workdir: pathlib.Path) -> dict[str, list[dict]]:
+  """Split -> its rows that have a loss."""
   source = workdir / "metrics.jsonl"
   if not source.exists():
     raise FileNotFoundError(
@@ -31,37 +90,27 @@ def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
       curves.setdefault(row["split"], []).append(row)
   if not curves:
     raise ValueError(f"{source} has no loss yet — expected at least one — let the run log a step")
+  return curves
 
+
+def _figure():
   # A figure of its own, without pyplot: no window, no global state, safe in a thread.
   from matplotlib.figure import Figure
   from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(7.5, 4.5), dpi=130, layout="constrained")
   axes = figure.add_subplot()
-  for split, rows in curves.items():
-    often = split == "train"  # logged at many steps: a thin line, the points of the others marked
-    axes.plot(
-      [row["step"] for row in rows],
-      [row["loss"] for row in rows],
-      linewidth=1.0 if often else 1.8,
-      alpha=0.65 if often else 1.0,
-      marker="o" if len(rows) < 3 or not often else None,  # one point alone makes no line
-      markersize=4,
-      zorder=2 if often else 3,
-      label=_label(split, rows[-1]),
-    )
-  losses = sorted(row["loss"] for rows in curves.values() for row in rows)
-  if losses[-1] > 4 * losses[len(losses) // 2] > 0:
-    axes.set_yscale("log")  # a few huge first losses would flatten the rest into a line
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
   axes.grid(alpha=0.25)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
+  return figure, axes
 
-  target = workdir / "loss.png"
-  fresh = workdir / "loss.png.tmp"
+
+def _save(figure, axes, target: pathlib.Path) -> pathlib.Path:
+  axes.legend(frameon=False)
+  fresh = target.with_name(target.name + ".tmp")
   figure.savefig(fresh, format="png")
   os.replace(fresh, target)
   return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +19,9 @@ class Case:
     segments: for each row the (id, length) of its documents, 0 being padding; None means one
       document a row.
   """
+
+  # Arrays that are float32 whatever the others are.
+  float32: ClassVar[tuple[str, ...]] = ()
 
   name: str
   batch: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,6 +19,13 @@ class Case(linear_attention.Case):
     largest_beta: of the write strengths.
     repeated: whether every key of a row is the same, the hardest case for the triangular inverse.
   """
+
+  # Arrays that are float32 whatever the others are.
+  float32: ClassVar[tuple[str, ...]] = (
+    "beta",
+    "g",
+    "state",
+  )
 
   largest_beta: float = 2.0
   repeated: bool = False

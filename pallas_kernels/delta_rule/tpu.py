@@ -1,4 +1,25 @@
 """The delta rule on TPU: one fused kernel a direction.
+
+Grid (B, H / heads, T / tokens, 1), the last blocks of tokens in order; the backward kernel walks
+them from the end. A block holds rows of q, k, v, y (and dy, dq, dk, dv) of `heads` heads in tiles
+of L tokens, two chunks of C = 64: their matrices of pairs fill the 128 lanes side by side. The
+state [K, V] of each head, float32, stays in the window of the state that a kernel returns. With
+T = (I + M)^-1 diag(beta), M and A the weights of pairs under decay, S the state before a chunk:
+
+    written = T (V - e^b K S)             y = scale * (e^b Q S + A written)
+    S' = e^b_C S + (e^(b_C - b) K)^T written
+
+What does not need S (M, A, the inverse) is prepared a tile ahead. Each step of a head waits for the
+MXU to answer the one before, some 100 cycles, so the tasks of all heads are written in turns, and
+those of the next tile among them: `_interleave`.
+
+Bytes, a token and head, at b bytes a number, without those of g and beta: forward b (2 K + 2 V);
+for the backward also b (C + V + K V / tokens): the inverses, `written`, and the state before each
+block. The inverses save the backward their sequential part, `written` two products and a walk of
+three steps in a row for each chunk: it then knows all states of a block from products that wait
+for nothing. Their 3 b * 64 bytes are moved while the matrix and vector units are the limit, here
+and there. The states between are computed again: kept, they would be as much again as q, k, v.
+Flops: forward 2 C (2 K + 2 V) + 6 K V and the inverse, backward 2 C (6 K + 4 V) + 14 K V.
 """
 
 from __future__ import annotations
@@ -12,9 +33,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chunks_tpu import (
-  GRAIN,
-  LOG2_E,
-  STRONGEST,
   Windows,
   compiler_params,
   cut_documents,
@@ -26,271 +44,276 @@ from pallas_kernels.chunks_tpu import (
   where,
 )
 from pallas_kernels.delta_rule.blocks import Blocks, choose_blocks, vmem_limit
-from pallas_kernels.delta_rule.inverse_tpu import unit_lower_inverses
+from pallas_kernels.delta_rule.inverse_tpu import (
+  Gates,
+  block_of,
+  fold,
+  place_in,
+  spread,
+  unfold,
+  unit_lower_inverses,
+)
 
 DTYPES = ("float32", "bfloat16")
-MASKED = -1e9  # an exponent whose power of two is 0
+
+
+def refusal(q, k, v, beta, g) -> str | None:
+  """Why the kernels cannot run on these arrays, as given to `forward`, or None."""
+  dtypes = [str(x.dtype) for x in (q, k, v)]
+  if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+    return f"q, k, v are {', '.join(dtypes)}, expected all float32 or all bfloat16"
+  states = max(k.shape[2], v.shape[2])
+  if q.shape[2] > states:
+    return f"q has {q.shape[2]} heads and there are {states} states, expected at most as many"
+  try:
+    _blocks(q, k, v, g)
+  except ValueError as error:
+    return str(error)
+  return None
 
 
 def forward(
-  q, k, v, beta, g, state, documents, *, scale: float, dtype, save: bool = False,
-  blocks: Blocks | None = None, interpret=False,
+  q,
+  k,
+  v,
+  beta,
+  g,
+  state,
+  documents,
+  *,
+  scale: float,
+  dtype,
+  save: bool = False,
+  blocks: Blocks | None = None,
+  interpret=False,
 ):
-  batch, length, heads, value_dim = v.shape
-  shared, key_dim = k.shape[2:]
-  blocks = blocks or _blocks(k, v, g)
-  at = Windows(blocks.by_tile, heads, shared, length)
-  held = at.held(heads)
+  """The delta rule.
+
+      S~  = exp(g_t) * S_{t-1}
+      S_t = S~ + beta_t k_t (v_t - S~^T k_t)^T        y_t = scale * S_t^T q_t
+
+  Args:
+    q, k: [B, T, heads, K].   v: [B, T, heads, V].   All float32 or all bfloat16. There are H
+      states; arrays of fewer heads, dividing H, are shared by neighbours.
+    beta: [B, T, H] float32.   g: None, [B, T, H] or [B, T, H, K], float32.
+    state: [B, H, K, V] float32, S_0; None means zeros.
+    documents: [B, T] int32 or None: the number of each token's document in its row, from 0 and
+      never falling; S is cleared where it changes, and S_0 belongs to document 0.
+    scale: multiplies q.   dtype: of y.
+    save: also return what `backward` wants.
+    blocks: None chooses.   interpret: run the kernel's program on the CPU.
+  Returns:
+    y: [B, T, H, V];   S_T: [B, H, K, V] float32;   with `save` three arrays in the dtype of q: of
+    N blocks the inverses [B, H, N, tiles * C, L], the states before them [B, H, N, K, V], and what
+    each token wrote [B, H, T, V].
+  Raises:
+    ValueError: the heads do not fit VMEM (see `choose_blocks`).
+  Source: Yang et al. 2024 (arXiv 2406.06484), section 3; with decay Yang et al. 2024 (arXiv
+    2412.06464), section 3, and Kimi Team 2025 (arXiv 2510.26692), section 3.
+  """
+  batch, length, heads = beta.shape
+  key_dim, value_dim = k.shape[-1], v.shape[-1]
+  blocks = blocks or _blocks(q, k, v, g)
+  at = _windows(blocks, q, k, v, beta)
+  rows, states = batch * heads * length, batch * heads * key_dim * value_dim
+  size, itemsize = blocks.chunk, q.dtype.itemsize
+  kept = (
+    (blocks.chunk * blocks.tiles, blocks.tile),  # the inverses of a block
+    (key_dim, value_dim),
+  )
   y, state, *starts = pl.pallas_call(
-    functools.partial(_forward_kernel, blocks=blocks, length=length, scale=scale, at=at),
+    functools.partial(_forward_kernel, blocks=blocks, length=length, scale=scale),
     grid=at.grid_of(batch),
     in_specs=[
-      at.rows(shared, key_dim),
-      at.rows(shared, key_dim),
-      at.rows(heads, value_dim),
-      at.scalars(heads),
-      None if g is None else at.scalars(heads),
+      *_inputs(at, q, k, v, beta, g),
       None if state is None else at.states(heads, key_dim, value_dim),
       None if documents is None else at.documents(),
     ],
     out_specs=[
       at.rows(heads, value_dim),
       at.states(heads, key_dim, value_dim),
-      at.starts(heads, key_dim, value_dim) if save else None,
-      at.starts(heads, blocks.chunk * blocks.tiles, blocks.tile) if save else None,
+      *(at.starts(heads, *shape) if save else None for shape in kept),
       at.rows(heads, value_dim) if save else None,
     ],
     out_shape=[
       jax.ShapeDtypeStruct((batch, heads, length, value_dim), dtype),
       jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32),
-      *(_starts(q, v, blocks, at.count) if save else (None, None, None)),
+      *(
+        jax.ShapeDtypeStruct((batch, heads, at.count, *shape), q.dtype) if save else None
+        for shape in kept
+      ),
+      jax.ShapeDtypeStruct((batch, heads, length, value_dim), q.dtype) if save else None,
     ],
-    compiler_params=compiler_params(vmem_limit(blocks, key_dim, value_dim, q.dtype)),
+    compiler_params=compiler_params(vmem_limit(blocks, key_dim, value_dim, q.dtype, _kind(g))),
+    cost_estimate=pl.CostEstimate(
+      flops=rows * (4 * size * (key_dim + value_dim) + 6 * key_dim * value_dim),
+      transcendentals=0 if g is None else rows * size,
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, beta))
+      + (0 if g is None else 4 * g.size)
+      + rows * value_dim * jnp.dtype(dtype).itemsize
+      + states * (4 + 4 * (state is not None) + itemsize * at.count * save)
+      + rows * (size + value_dim) * itemsize * save,
+    ),
     name="delta_rule_forward",
     interpret=interpret,
-  )(
-    *head_major(q, k, v),
-    cut_scalars(beta, blocks.by_tile, held),
-    None if g is None else cut_scalars(g, blocks.by_tile, held),
-    state,
-    cut_documents(documents, blocks),
-  )
+  )(*_head_major(blocks, at, q, k, v, beta, g), state, cut_documents(documents, blocks))
   (y,) = head_major(y)
   return (y, state, tuple(starts)) if save else (y, state)
 
 
-def _starts(q, v, blocks: Blocks, count: int):
-  """What the backward keeps: states before blocks, inverses, and pseudo-values."""
-  batch, length, heads, value_dim = v.shape
-  shapes = (
-    (batch, heads, count, q.shape[-1], value_dim),
-    (batch, heads, count, blocks.chunk * blocks.tiles, blocks.tile),
-    (batch, heads, length, value_dim),
-  )
-  return [jax.ShapeDtypeStruct(shape, q.dtype) for shape in shapes]
-
-
 def backward(
-  q, k, v, beta, g, starts, documents, dy, dstate, *, scale: float,
-  blocks: Blocks | None = None, interpret=False,
+  q,
+  k,
+  v,
+  beta,
+  g,
+  starts,
+  documents,
+  dy,
+  dstate,
+  *,
+  scale: float,
+  blocks: Blocks | None = None,
+  interpret=False,
 ):
-  batch, length, heads, value_dim = v.shape
-  shared, key_dim = k.shape[2:]
-  blocks = blocks or _blocks(k, v, g)
-  at = Windows(blocks.by_tile, heads, shared, length, reverse=True)
-  held = at.held(heads)
-  q, k, v, dy = head_major(q, k, v, dy.astype(q.dtype))
-  states, inverses, values = starts
-  cut_beta = cut_scalars(beta, blocks.by_tile, held)
-  dq, dk, dv, dbeta, dg, dstate = pl.pallas_call(
-    functools.partial(_backward_kernel, blocks=blocks, length=length, scale=scale, at=at),
+  """Gradients of `forward`.
+
+  Args:
+    q, k, v, beta, g, documents, scale, blocks, interpret: as given to `forward`.
+    starts: what it saved.
+    dy: [B, T, H, V], any float dtype.   dstate: [B, H, K, V] float32: cotangents of y and S_T.
+  Returns:
+    dq, dk, dv in the dtype of q; dbeta; dg, None where g is; dS_0; each in the shape of its array.
+  """
+  batch, length, heads = beta.shape
+  key_dim, value_dim = k.shape[-1], v.shape[-1]
+  blocks = blocks or _blocks(q, k, v, g)
+  at = _windows(blocks, q, k, v, beta, reverse=True)
+  tokens, states = batch * heads * length, batch * heads * key_dim * value_dim
+  size, itemsize = blocks.chunk, q.dtype.itemsize
+  rows = _head_major(blocks, at, q, k, v, beta, g)
+  *gradients, dbeta, dg, dstate = pl.pallas_call(
+    functools.partial(_backward_kernel, blocks=blocks, length=length, scale=scale),
     grid=at.grid_of(batch),
     in_specs=[
-      at.rows(shared, key_dim),
-      at.rows(shared, key_dim),
-      at.rows(heads, value_dim),
-      at.scalars(heads),
-      None if g is None else at.scalars(heads),
-      at.starts(heads, key_dim, value_dim),
-      at.starts(heads, blocks.chunk * blocks.tiles, blocks.tile),
+      *_inputs(at, q, k, v, beta, g),
+      *(at.starts(heads, *x.shape[3:]) for x in starts[:2]),
       at.rows(heads, value_dim),
       None if documents is None else at.documents(),
       at.rows(heads, value_dim),
       at.states(heads, key_dim, value_dim),
     ],
-    out_specs=[
-      at.rows(shared, key_dim),
-      at.rows(shared, key_dim),
-      at.rows(heads, value_dim),
-      at.scalars(heads),
-      None if g is None else at.scalars(heads),
-      at.states(heads, key_dim, value_dim),
-    ],
+    out_specs=[*_inputs(at, q, k, v, beta, g), at.states(heads, key_dim, value_dim)],
     out_shape=[
-      *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
-      jax.ShapeDtypeStruct(cut_beta.shape, jnp.float32),
-      None if g is None else jax.ShapeDtypeStruct(cut_beta.shape, jnp.float32),
+      *(None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in rows),
       jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
     ],
-    scratch_shapes=[
-      pltpu.VMEM((blocks.heads, blocks.chunks + 1, key_dim, value_dim), q.dtype)
-    ],
-    compiler_params=compiler_params(vmem_limit(blocks, key_dim, value_dim, q.dtype)),
+    scratch_shapes=[pltpu.VMEM((blocks.heads, blocks.chunks + 1, key_dim, value_dim), q.dtype)],
+    compiler_params=compiler_params(vmem_limit(blocks, key_dim, value_dim, q.dtype, _kind(g))),
+    cost_estimate=pl.CostEstimate(
+      flops=tokens * (4 * size * (3 * key_dim + 2 * value_dim) + 14 * key_dim * value_dim),
+      transcendentals=0 if g is None else tokens * size,
+      bytes_accessed=2 * sum(x.size * x.dtype.itemsize for x in (q, k, v, beta))
+      + (0 if g is None else 8 * g.size)
+      + tokens * (size + 2 * value_dim) * itemsize
+      + states * (8 + itemsize * at.count),
+    ),
     name="delta_rule_backward",
     interpret=interpret,
-  )(
-    q, k, v, cut_beta, None if g is None else cut_scalars(g, blocks.by_tile, held),
-    states, inverses, values, cut_documents(documents, blocks), dy, dstate,
-  )
+  )(*rows, *starts, cut_documents(documents, blocks), *head_major(dy.astype(q.dtype)), dstate)
   dbeta = join_scalars(dbeta, blocks.by_tile, length)
-  dg = None if g is None else join_scalars(dg, blocks.by_tile, length)
-  return *head_major(dq, dk, dv), dbeta, dg, dstate
+  if g is not None:
+    dg = join_scalars(dg, blocks.by_tile, length) if g.ndim == 3 else head_major(dg)[0]
+  return *head_major(*gradients), dbeta, dg, dstate
 
 
-def _blocks(k, v, g) -> Blocks:
-  group = v.shape[2] // k.shape[2]
-  return choose_blocks(*v.shape[1:3], group, k.shape[-1], v.shape[-1], k.dtype, g)
+def _blocks(q, k, v, g) -> Blocks:
+  heads = max(k.shape[2], v.shape[2])
+  group = heads // min(x.shape[2] for x in (q, k, v))
+  return choose_blocks(q.shape[1], heads, group, k.shape[3], v.shape[3], k.dtype, _kind(g))
+
+
+def _kind(g) -> str | None:
+  return {4: "channel", 3: "row"}[g.ndim] if g is not None else None
+
+
+def _windows(blocks: Blocks, q, k, v, beta, *, reverse: bool = False) -> Windows:
+  fewest = min(x.shape[2] for x in (q, k, v))
+  return Windows(blocks.by_tile, beta.shape[2], fewest, beta.shape[1], reverse=reverse)
+
+
+def _inputs(at: Windows, q, k, v, beta, g):
+  """The windows of q, k, v, beta and g."""
+  heads = beta.shape[2]
+  of_g = None
+  if g is not None:
+    of_g = at.scalars(heads) if g.ndim == 3 else at.rows(heads, g.shape[-1])
+  return [*(at.rows(*x.shape[2:]) for x in (q, k, v)), at.scalars(heads), of_g]
+
+
+def _head_major(blocks: Blocks, at: Windows, q, k, v, beta, g):
+  """The arrays as the kernels see them."""
+  cut = functools.partial(cut_scalars, blocks=blocks.by_tile, held=blocks.heads)
+  if g is not None:
+    g = cut(g) if g.ndim == 3 else head_major(g)[0]
+  return *head_major(q, k, v), cut(beta), g
 
 
 def _interleave(tasks: Iterable[Generator]) -> None:
-  """Carries out tasks step by step in turn: the schedule follows the order of the program, and what
-  is written between two steps of a task is done while the second waits for the first."""
+  """Carries out tasks in turn, a step each. The schedule follows the order of the program, so that
+  what stands between two steps of a task is done while the second waits for the first."""
   tasks = list(tasks)
   while tasks:
     tasks = [task for task in tasks if next(task, tasks) is not tasks]
-
-
-def _fold(x, size: int):
-  """The blocks [C, C] on the diagonal of [L, L], side by side: [C, L]."""
-  lane = jax.lax.broadcasted_iota(jnp.int32, (size, x.shape[1]), 1)
-  folded = x[:size]
-  for i in range(1, x.shape[0] // size):
-    folded = jnp.where(lane // size == i, x[i * size : (i + 1) * size], folded)
-  return folded
-
-
-def _unfold(x):
-  """The inverse of `_fold`, zeros off the diagonal."""
-  size, width = x.shape
-  lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-  return jnp.concatenate([where(lane // size == i, x) for i in range(width // size)])
 
 
 def _times(weight, x):
   return x if weight is None else weight * x
 
 
-def _project(weight, x, matrix):
-  """weight * x @ matrix; a weight of each row is applied to the fewer numbers, behind the product."""
-  return _times(weight, dot(x, matrix, (1, 0)))
+def _before(weight, x):
+  """x, an operand of a product: weighted here if each channel has a weight of its own ..."""
+  if weight is None or weight.shape[1] == 1:
+    return x
+  return (weight * x.astype(jnp.float32)).astype(x.dtype)
 
 
-class _Tile:
-  """Tokens of one head whose matrices of pairs stand side by side."""
-
-  def __init__(self, gates, h, t):
-    i = gates.blocks.tiles * h + t
-    self._gates, self._head, self._index = gates, h, t
-    self.beta = gates.beta[i : i + 1]
-    self.beta_column = gates.beta_columns[:, i : i + 1]
-    self.reads, self.writes = (x and x[t] for x in (gates.reads, gates.writes))
-    self._row, self._column = ([x[..., s] for x in xs] for xs, s in ())
+def _behind(weight, x):
+  """... and here, behind the product, if each row has."""
+  return x if weight is None or weight.shape[1] > 1 else weight * x
 
 
-class _Gates:
-  """Write strengths, decays and documents of a block, for all of its heads and tiles."""
+def _loader(block, blocks: Blocks, length: int):
+  """load(ref, h, first, count): rows of what head h uses; zeros beyond the length, where memory
+  holds anything."""
 
-  def __init__(self, beta_ref, g_ref, documents_ref, *, blocks: Blocks, exact: bool, by_key: bool):
-    size, width = blocks.chunk, blocks.tile
-    self.blocks = blocks
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (0, 1))
-    one = jnp.where(row == column, 1.0, 0.0).astype(jnp.bfloat16)
-    self.triangle = jnp.where((row >= column) & (row // size == column // size), 1.0, 0.0)
-    self.triangle = self.triangle.astype(jnp.bfloat16)
-    self.beta = beta_ref[0, 0, 0]
-    self.beta_columns = sum(dot(one, p, (1, 1)) for p in parts_of(self.beta))
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, width), axis) for axis in (0, 1))
-    column = column % size
-    self.visible = row <= column if by_key else row >= column
-    self.strict = row != column
-    self.by_key = by_key
-    self._rows = None
-    if g_ref is not None:
-      g = jnp.maximum(g_ref[0, 0, 0], STRONGEST) * LOG2_E
-      summed = [g]
-      if exact:  # multiples of the grain add up exactly, and the rest stays small
-        coarse = jnp.round(g * GRAIN) / GRAIN
-        summed = [coarse, g - coarse]
-      self._rows = [sum(dot(p, self.triangle, (1, 1)) for p in parts_of(x)) for x in summed]
-      self._columns = [sum(dot(self.triangle, p, (1, 1)) for p in parts_of(x)) for x in summed]
-      self._since = jnp.exp2(sum(self._columns))
-      self._until = jnp.exp2(sum(_last(x, size) - x for x in self._columns))
-    self._documents = documents_ref
-    self._of_tile = {}
+  def load(ref, h, first, count):
+    rows = ref[0, h * ref.shape[1] // blocks.heads, pl.ds(first, count), :]
+    if length % blocks.tokens == 0:
+      return rows
+    left = length - block * blocks.tokens - first
+    return where(jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0) < left, rows)
 
-  def _masks(self, t: int):
-    """visible [C, L], reads, writes [L, 1], keeps: for each chunk [1, 1]."""
-    if t not in self._of_tile:
-      self._of_tile[t] = self._masks_of(t)
-    return self._of_tile[t]
-
-  def _masks_of(self, t: int):
-    size, width = self.blocks.chunk, self.blocks.tile
-    ref = self._documents
-    if ref is None:
-      return self.visible, None, None, [None] * (width // size)
-    of_column = jnp.broadcast_to(ref[0, 0, :1, pl.ds(t * width, width)], (width, width))
-    of_row = of_column.T
-    visible = self.visible & (_fold(of_row, size) == of_column[:size])
-    reads, writes, keeps = [], [], []
-    for first in range(0, width, size):
-      own = of_row[first : first + size, :1]
-      last = ref[0, 0, :1, pl.ds(t * width + first + size - 1, 1)]
-      before = ref[0, 0, 1:, pl.ds(t * width + first, 1)]
-      reads.append(own == before)
-      writes.append(own == last)
-      keeps.append(before == last)
-    return visible, jnp.concatenate(reads), jnp.concatenate(writes), keeps
-
-  def pairs(self, h: int, t: int):
-    """[C, L]"""
-    visible, *_ = self._masks(t)
-    if self._rows is None:
-      return jnp.where(visible, 1.0, 0.0)
-    i = h * self.blocks.tiles + t
-    width = self.blocks.tile
-    exponent = sum(
-      _fold(jnp.broadcast_to(c[:, i : i + 1], (width, width)), self.blocks.chunk) - r[i : i + 1]
-      for c, r in zip(self._columns, self._rows, strict=True)
-    )
-    exponent = -exponent if self.by_key else exponent
-    return jnp.exp2(jnp.where(visible, exponent, MASKED))
-
-  def weights(self, h: int, t: int):
-    """since, until [L, 1]; whole: of each chunk [1, 1]"""
-    _, reads, writes, keeps = self._masks(t)
-    if self._rows is None:
-      return *(None if x is None else jnp.where(x, 1.0, 0.0) for x in (reads, writes)), [
-        None if x is None else jnp.where(x, 1.0, 0.0) for x in keeps]
-    i = h * self.blocks.tiles + t
-    size = self.blocks.chunk
-    since, until = self._since[:, i : i + 1], self._until[:, i : i + 1]
-    whole = [
-      where(keep, since[(m + 1) * size - 1 : (m + 1) * size]) for m, keep in enumerate(keeps)
-    ]
-    return where(reads, since), where(writes, until), whole
-
-
-def _last(x, size: int):
-  """The last row of each chunk, on all of its rows."""
-  rows = [x[i + size - 1 : i + size] for i in range(0, x.shape[0], size)]
-  return jnp.concatenate([jnp.broadcast_to(r, (size, x.shape[1])) for r in rows])
+  return load
 
 
 def _forward_kernel(
-  q_ref, k_ref, v_ref, beta_ref, g_ref, state_ref, documents_ref,
-  y_ref, carry_ref, states_ref, inverses_ref, values_ref,
-  *, blocks: Blocks, length: int, scale: float, at: Windows,
+  q_ref,
+  k_ref,
+  v_ref,
+  beta_ref,
+  g_ref,
+  state_ref,
+  documents_ref,
+  y_ref,
+  carry_ref,
+  inverses_ref,
+  states_ref,
+  values_ref,
+  *,
+  blocks: Blocks,
+  length: int,
+  scale: float,
 ):
   block = pl.program_id(2)
 
@@ -300,65 +323,60 @@ def _forward_kernel(
 
   if states_ref is not None:
     states_ref[0, :, 0] = carry_ref[0].astype(states_ref.dtype)
-  dtype = q_ref.dtype
+  dtype, size, width = q_ref.dtype, blocks.chunk, blocks.tile
   exact = dtype == jnp.float32
-  gates = _Gates(beta_ref, g_ref, documents_ref, blocks=blocks, exact=exact, by_key=False)
   load = _loader(block, blocks, length)
-  size, width = blocks.chunk, blocks.tile
+  gates = Gates(beta_ref, g_ref, documents_ref, load, blocks=blocks, exact=exact, by_key=False)
   prepared = {}
-  own = functools.partial(at.local, heads=k_ref.shape[1] * (at._most // at._most))
-  def key_head(h):
-    return h * k_ref.shape[1] // blocks.heads
 
   def prepare(h, t):
-    q, k = (load(ref, key_head(h), t * width, width) for ref in (q_ref, k_ref))
-    scores, grams = dot(q, k, (1, 1)), dot(k, k, (1, 1))
-    yield
-    pairs = gates.pairs(h, t)
-    i = h * blocks.tiles + t
-    beta = _fold(jnp.broadcast_to(gates.beta_columns[:, i : i + 1], (width, width)), size)
-    coupling = where(gates.strict, _fold(grams, size) * (pairs * beta))
-    scores = (_fold(scores, size) * (scale * pairs)).astype(dtype)
+    """What does not need the state: the weights of pairs, and the inverses."""
+    q, k = (load(ref, h, t * width, width) for ref in (q_ref, k_ref))
+    row, column = gates.beta(h, t)
+    decay = gates.decay(h, t)
+    scores, coupling = yield from decay.weights((q, k), k)
+    of_row, of_column = (
+      jax.lax.broadcasted_iota(jnp.int32, coupling.shape, axis) for axis in (0, 1)
+    )
+    coupling = where(of_row != place_in(of_column, size), coupling * spread(column, size))
+    scores = (scale * scores).astype(dtype)
     yield
     inverse = yield from unit_lower_inverses(coupling, exact=exact)
     if inverses_ref is not None:
       inverses_ref[0, h, 0, pl.ds(t * size, size)] = inverse.astype(dtype)
-    prepared[h, t] = scores, (inverse * gates.beta[i : i + 1]).astype(dtype)
+    prepared[h, t] = decay, scores, (inverse * row).astype(dtype)
 
   def walk(h, t):
-    scores, inverse = prepared.pop((h, t))
-    since, until, whole = gates.weights(h, t)
+    """What does, chunk by chunk."""
+    decay, scores, inverse = prepared.pop((h, t))
+    lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1)
     errors = [jnp.zeros((size, v_ref.shape[-1]), dtype)] * (width // size)
     written, read = [], []
-    lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1)
     for m in range(width // size):
-      first = t * width + m * size
-      inside = slice(m * size, (m + 1) * size)
-      q, k, v = (
-        load(ref, head, first, size)
-        for ref, head in ((q_ref, key_head(h)), (k_ref, key_head(h)), (v_ref, h))
+      first, inside = t * width + m * size, slice(m * size, (m + 1) * size)
+      q, k, v = (load(ref, h, first, size) for ref in (q_ref, k_ref, v_ref))
+      since, until = (None if x is None else x[inside] for x in (decay.since, decay.until))
+      before = dot(
+        jnp.concatenate([_before(since, k), _before(since, q)]),
+        carry_ref[0, h].astype(dtype),
+        (1, 0),
       )
-      state = carry_ref[0, h]
-      before = dot(jnp.concatenate([k, q]), state.astype(dtype), (1, 0))
       yield
-      of_keys, of_queries = before[:size], before[size:]
-      weight = None if since is None else since[inside]
-      errors[m] = (v.astype(jnp.float32) - _times(weight, of_keys)).astype(dtype)
-      read.append(_times(weight, of_queries))
+      errors[m] = (v.astype(jnp.float32) - _behind(since, before[:size])).astype(dtype)
+      read.append(_behind(since, before[size:]))
       yield
-      values = dot(where(lane // size == m, inverse), jnp.concatenate(errors), (1, 0))
+      values = dot(where(block_of(lane, size) == m, inverse), jnp.concatenate(errors), (1, 0))
       yield
       written.append(values.astype(dtype))
-      k = load(k_ref, key_head(h), first, size)
-      weight = None if until is None else until[inside]
-      added = dot(k, _times(weight, values).astype(dtype), (0, 0))
-      carry_ref[0, h] = _times(whole[m], carry_ref[0, h]) + added
+      k = _before(until, load(k_ref, h, first, size))
+      added = dot(k, _behind(until, values).astype(dtype), (0, 0))
+      carry_ref[0, h] = _times(decay.whole[m], carry_ref[0, h]) + added
       yield
     written = jnp.concatenate(written)
     rows = pl.ds(t * width, width)
     if values_ref is not None:
       values_ref[0, h, rows, :] = written
-    y = dot(_unfold(scores), written, (1, 0)) + scale * jnp.concatenate(read)
+    y = dot(unfold(scores), written, (1, 0)) + scale * jnp.concatenate(read)
     yield
     y_ref[0, h, rows, :] = y.astype(y_ref.dtype)
 
@@ -369,25 +387,29 @@ def _forward_kernel(
     _interleave([walk(h, t) for h in heads] + ahead)
 
 
-def _loader(block, blocks: Blocks, length: int):
-  """load(ref, head, first, count): rows of a block; beyond the length, where memory holds anything,
-  zeros."""
-
-  def load(ref, head, first, count):
-    rows = ref[0, head, pl.ds(first, count), :]
-    if length % blocks.tokens == 0:
-      return rows
-    left = length - block * blocks.tokens - first
-    return where(jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0) < left, rows)
-
-  return load
-
-
 def _backward_kernel(
-  q_ref, k_ref, v_ref, beta_ref, g_ref, states_ref, inverses_ref, values_ref, documents_ref,
-  dy_ref, dstate_ref,
-  dq_ref, dk_ref, dv_ref, dbeta_ref, dg_ref, dcarry_ref, within_ref,
-  *, blocks: Blocks, length: int, scale: float, at: Windows,
+  q_ref,
+  k_ref,
+  v_ref,
+  beta_ref,
+  g_ref,
+  inverses_ref,
+  states_ref,
+  values_ref,
+  documents_ref,
+  dy_ref,
+  dstate_ref,
+  dq_ref,
+  dk_ref,
+  dv_ref,
+  dbeta_ref,
+  dg_ref,
+  dcarry_ref,
+  within_ref,
+  *,
+  blocks: Blocks,
+  length: int,
+  scale: float,
 ):
   step = pl.program_id(2)
 
@@ -396,133 +418,114 @@ def _backward_kernel(
     dcarry_ref[...] = dstate_ref[...]
 
   block = pl.num_programs(2) - 1 - step
-  dtype = q_ref.dtype
+  dtype, size, width = q_ref.dtype, blocks.chunk, blocks.tile
   exact = dtype == jnp.float32
-  gates = _Gates(beta_ref, g_ref, documents_ref, blocks=blocks, exact=exact, by_key=True)
   load = _loader(block, blocks, length)
-  size, width = blocks.chunk, blocks.tile
+  gates = Gates(beta_ref, g_ref, documents_ref, load, blocks=blocks, exact=exact, by_key=True)
   count = width // size
-  group = blocks.heads // k_ref.shape[1]
-  prepared, walked, shared = {}, {}, {}
-  n = blocks.heads * blocks.tiles
-  lane = jax.lax.broadcasted_iota(jnp.int32, (width, n), 1)
-  sums = {"beta": jnp.zeros((width, n)), "g": jnp.zeros((width, n))}
+  prepared, walked, summed = {}, {}, {}
+  rows_of = blocks.heads * blocks.tiles
+  lane = jax.lax.broadcasted_iota(jnp.int32, (width, rows_of), 1)
+  sums = {name: jnp.zeros((width, rows_of), jnp.float32) for name in ("beta", "g")}
+
+  def emit(ref, h, t, x):
+    """Writes a gradient; of rows that heads share, the sum."""
+    shared = blocks.heads // ref.shape[1]
+    of_all = summed.setdefault((id(ref), h // shared, t), [])
+    of_all.append(x)
+    if len(of_all) == shared:
+      ref[0, h // shared, pl.ds(t * width, width), :] = sum(of_all).astype(ref.dtype)
 
   def restate(h):
+    """The states before and behind each chunk."""
     state = states_ref[0, h, 0].astype(jnp.float32)
     within_ref[h, 0] = states_ref[0, h, 0]
     for t in range(blocks.tiles):
-      _, until, whole = gates.weights(h, t)
+      decay = gates.decay(h, t)
       for m in range(count):
-        first = t * width + m * size
-        k, values = load(k_ref, h // group, first, size), load(values_ref, h, first, size)
-        if until is not None:
-          values = (until[m * size : (m + 1) * size] * values.astype(jnp.float32)).astype(dtype)
-        added = dot(k, values, (0, 0))
+        first, inside = t * width + m * size, slice(m * size, (m + 1) * size)
+        k, values = load(k_ref, h, first, size), load(values_ref, h, first, size)
+        until = None if decay.until is None else decay.until[inside]
+        added = dot(_before(until, k), _behind(until, values).astype(dtype), (0, 0))
         yield
-        state = _times(whole[m], state) + added
+        state = _times(decay.whole[m], state) + added
         within_ref[h, t * count + m + 1] = state.astype(dtype)
 
   def prepare(h, t):
-    first = t * width
-    q, k = (load(ref, h // group, first, width) for ref in (q_ref, k_ref))
-    scores = dot(k, q, (1, 1))
+    """What does not need the cotangent of the state."""
+    q, k, dy = (load(ref, h, t * width, width) for ref in (q_ref, k_ref, dy_ref))
     inverse = inverses_ref[0, h, 0, pl.ds(t * size, size)].T
+    decay = gates.decay(h, t)
+    (scores,) = yield from decay.weights((k,), q)
+    scores = unfold((scale * scores).astype(dtype))
     yield
-    pairs = gates.pairs(h, t)
-    scores = (_fold(scores, size) * (scale * pairs)).astype(dtype)
-    yield
-    written = dot(_unfold(scores), load(dy_ref, h, first, width), (1, 0))
-    yield
-    prepared[h, t] = pairs, inverse, written
+    prepared[h, t] = decay, inverse, dot(scores, dy, (1, 0))
 
   def walk(h, t):
-    pairs, inverse, written = prepared.pop((h, t))
-    since, until, whole = gates.weights(h, t)
-    i = h * blocks.tiles + t
-    dreads = scale if since is None else scale * since
-    dkeys = -gates.beta_columns[:, i : i + 1] * (1.0 if since is None else since)
-    errors, after, carried = [None] * count, [None] * count, [None] * count
+    """What does, chunk by chunk."""
+    decay, inverse, written = prepared.pop((h, t))
+    _, beta = gates.beta(h, t)
+    errors, after, dstates = [None] * count, [None] * count, [None] * count
     for m in reversed(range(count)):
       first, inside = t * width + m * size, slice(m * size, (m + 1) * size)
-      k = load(k_ref, h // group, first, size)
+      since, until = (None if x is None else x[inside] for x in (decay.since, decay.until))
       dstate = dcarry_ref[0, h]
       after[m] = dstate.astype(dtype)
       if g_ref is not None:
-        carried[m] = jnp.sum(dstate * within_ref[h, t * count + m + 1].astype(jnp.float32), keepdims=True)
-      dvalues = dot(k, after[m], (1, 0))
+        dstates[m] = dstate * within_ref[h, t * count + m + 1].astype(jnp.float32)
+      dvalues = dot(_before(until, load(k_ref, h, first, size)), after[m], (1, 0))
       yield
-      dvalues = written[inside] + _times(None if until is None else until[inside], dvalues)
-      dvalues = dvalues.astype(dtype)
+      dvalues = (written[inside] + _behind(until, dvalues)).astype(dtype)
       yield
       errors[m] = dot(inverse[inside], dvalues, (1, 0))
       yield
-      dy = load(dy_ref, h, first, size).astype(jnp.float32)
-      dreads_m = dreads if since is None else dreads[inside]
-      operand = jnp.concatenate([dreads_m * dy, dkeys[inside] * errors[m]]).astype(dtype)
-      q, k = (load(ref, h // group, first, size) for ref in (q_ref, k_ref))
-      dcarry_ref[0, h] = _times(whole[m], dcarry_ref[0, h]) + dot(
-        jnp.concatenate([q, k]), operand, (0, 0))
+      q, k, dy = (load(ref, h, first, size) for ref in (q_ref, k_ref, dy_ref))
+      moved = [scale * dy.astype(jnp.float32), -beta[inside] * errors[m]]
+      moved = jnp.concatenate([_behind(since, x) for x in moved]).astype(dtype)
+      added = dot(jnp.concatenate([_before(since, x) for x in (q, k)]), moved, (0, 0))
+      dcarry_ref[0, h] = _times(decay.whole[m], dcarry_ref[0, h]) + added
       yield
-    walked[h, t] = pairs, errors, after, carried
+    walked[h, t] = decay, jnp.concatenate(errors), after, dstates
 
   def finish(h, t):
-    pairs, errors, after, carried = walked.pop((h, t))
-    since, until, whole = gates.weights(h, t)
-    i = h * blocks.tiles + t
-    first, rows = t * width, pl.ds(t * width, width)
-    beta, beta_column = gates.beta[i : i + 1], gates.beta_columns[:, i : i + 1]
-    derrors = jnp.concatenate(errors)
-    rounded = derrors.astype(dtype)
+    """The gradients."""
+    decay, errors, after, dstates = walked.pop((h, t))
+    first = t * width
+    row, column = gates.beta(h, t)
+    rounded = errors.astype(dtype)
     dy, values = load(dy_ref, h, first, width), load(values_ref, h, first, width)
-    dscores = dot(values, dy, (1, 1))
-    dcoupling = dot(values, rounded, (1, 1))
+    dscores, dcoupling = dot(values, dy, (1, 1)), dot(values, rounded, (1, 1))
     yield
-    reads, dkept = [], []
+    dq, drows, dk = [], [], []
     for m in range(count):
       inside = slice(m * size, (m + 1) * size)
-      state = within_ref[h, t * count + m]
-      both = dot(jnp.concatenate([dy[inside], rounded[inside]]), state, (1, 1))
-      reads.append((both[:size], both[size:]))
-      dkept.append(dot(values[inside], after[m], (1, 1)))
+      both = jnp.concatenate([dy[inside], rounded[inside]])
+      both = dot(both, within_ref[h, t * count + m], (1, 1))
+      dq.append(scale * both[:size])
+      drows.append(-both[size:])
+      dk.append(dot(values[inside], after[m], (1, 1)))
     yield
-    dq, dkeys = (jnp.concatenate(x) for x in zip(*reads, strict=True))
-    dscores = _fold(dscores, size) * (scale * pairs)
-    dcoupling = where(gates.strict, _fold(dcoupling, size) * -pairs)
-    dk = _times(until, jnp.concatenate(dkept))
+    dscores, dcoupling = scale * fold(dscores, size), -fold(dcoupling, size)
+    dq, drows = (_times(decay.since, jnp.concatenate(x)) for x in (dq, drows))
+    dk = _times(decay.until, jnp.concatenate(dk))
     yield
-    q, k = (load(ref, h // group, first, width) for ref in (q_ref, k_ref))
-    dk += dot(_unfold(dscores.astype(dtype)), q, (1, 0))
-    dk += dot(_unfold((dcoupling * beta).astype(dtype)), k, (1, 0))
-    turned = jnp.concatenate([dscores, dcoupling]).T.astype(dtype)
-    yield
-    inner = [[], []]
-    for m in range(count):
-      inside = slice(m * size, (m + 1) * size)
-      inner[0].append(dot(turned[inside, :size], k[inside], (1, 0)))
-      inner[1].append(dot(turned[inside, size:], k[inside], (1, 0)))
-    yield
-    dq = _times(since, scale * dq) + jnp.concatenate(inner[0])
-    drows = jnp.concatenate(inner[1]) - _times(since, dkeys)
-    v = load(v_ref, h, first, width).astype(jnp.float32)
-    q, k = (load(ref, h // group, first, width).astype(jnp.float32) for ref in (q_ref, k_ref))
-    dv_ref[0, h, rows, :] = (beta_column * derrors).astype(dtype)
-    dbeta = jnp.sum(derrors * v, axis=1, keepdims=True) + jnp.sum(drows * k, axis=1, keepdims=True)
-    sums["beta"] = jnp.where(lane == i, dbeta, sums["beta"])
-    drows = beta_column * drows
+    q, k, v = (load(ref, h, first, width) for ref in (q_ref, k_ref, v_ref))
+    added = yield from decay.pull(q, k, dscores, dcoupling, row)
+    dq, drows, dk = (x + y for x, y in zip((dq, drows, dk), added, strict=True))
+    emit(dv_ref, h, t, column * errors)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    dbeta = sum(jnp.sum(x, axis=1, keepdims=True) for x in (errors * v, drows * k))
+    sums["beta"] = jnp.where(lane == h * blocks.tiles + t, dbeta, sums["beta"])
+    drows = column * drows
     yield
     if g_ref is not None:
-      dg = jnp.sum(q * dq + k * (drows - dk), axis=1, keepdims=True)
-      last = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) == size - 1
-      dg += jnp.concatenate([where(last, jnp.broadcast_to(x, (size, 1))) for x in carried])
-      sums["g"] = jnp.where(lane == i, dg, sums["g"])
-    dk += drows
-    yield
-    for name, x, ref in (("q", dq, dq_ref), ("k", dk, dk_ref)):
-      of_group = shared.setdefault((name, h // group, t), [])
-      of_group.append(x)
-      if len(of_group) == group:
-        ref[0, h // group, rows, :] = sum(of_group).astype(dtype)
+      dg = decay.gradient(q * dq + k * (drows - dk), dstates, gates.triangle)
+      if len(g_ref.shape) == 4:
+        emit(dg_ref, h, t, dg)
+      else:
+        sums["g"] = jnp.where(lane == h * blocks.tiles + t, dg, sums["g"])
+    emit(dq_ref, h, t, dq)
+    emit(dk_ref, h, t, dk + drows)
 
   heads, tiles = range(blocks.heads), blocks.tiles
   _interleave([restate(h) for h in heads] + [prepare(h, tiles - 1) for h in heads])
@@ -532,5 +535,5 @@ def _backward_kernel(
     _interleave([walk(h, t) for h in heads] + ahead + behind)
   _interleave(finish(h, 0) for h in heads)
   dbeta_ref[0, 0, 0] = sums["beta"].T
-  if g_ref is not None:
+  if dg_ref is not None and len(dg_ref.shape) == 5:
     dg_ref[0, 0, 0] = sum(dot(p, gates.triangle, (0, 0)) for p in parts_of(sums["g"]))

@@ -4,9 +4,9 @@ implementation."""
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
-
 
 DECAYS = (None, "constant", "scalar", "vector")
 
@@ -26,6 +26,12 @@ class Case:
     strength: largest decay of a token, in nats; 0.1 of the tokens have none and 0.1 have 100 times
       as much.
   """
+
+  # Arrays that are float32 whatever the others are.
+  float32: ClassVar[tuple[str, ...]] = (
+    "g",
+    "state",
+  )
 
   name: str
   batch: int

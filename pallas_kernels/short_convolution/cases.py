@@ -4,6 +4,7 @@ implementation."""
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,9 @@ class Case:
       document a row.
     activation: None or "silu".
   """
+
+  # Arrays that are float32 whatever the others are.
+  float32: ClassVar[tuple[str, ...]] = ()
 
   name: str
   batch: int

@@ -41,7 +41,17 @@ def refusal(x, weight) -> str | None:
   return None
 
 
-def forward(x, weight, bias, state, reach, *, activation: str | None, interpret=False):
+def forward(
+  x,
+  weight,
+  bias,
+  state,
+  reach,
+  *,
+  activation: str | None,
+  tokens: int | None = None,
+  interpret=False,
+):
   """Depthwise causal convolution.
 
       z_t = bias + sum_j weight[:, W-1-j] * x_{t-j} [j <= reach_t]        y_t = activation(z_t)
@@ -51,11 +61,13 @@ def forward(x, weight, bias, state, reach, *, activation: str | None, interpret=
     state: [B, W - 1, D], the inputs before the first token.
     reach: [B, T] int32 or None: how many tokens back the taps of a token go, at most W - 1; below 0
       the token is padding, whose y is 0. None means W - 1.
-    activation: None or "silu".   interpret: run the kernel's program on the CPU.
+    activation: None or "silu".
+    tokens: rows of a block, a multiple of 128; None chooses.   interpret: run the kernel's program
+      on the CPU.
   Returns:
     y: [B, T, D] in the dtype of x.
   """
-  at = _Windows(x, weight.shape[1], lambda n: n)
+  at = _Windows(x, weight.shape[1], tokens or _tokens(x), lambda n: n)
   reach = at.marks(reach)
   return pl.pallas_call(
     functools.partial(_forward_kernel, width=weight.shape[1], activation=activation),
@@ -75,11 +87,22 @@ def forward(x, weight, bias, state, reach, *, activation: str | None, interpret=
   )(x, _halved(weight, bias, activation), _as_edge(state), reach)
 
 
-def backward(x, weight, bias, state, reach, dy, *, activation: str | None, interpret=False):
+def backward(
+  x,
+  weight,
+  bias,
+  state,
+  reach,
+  dy,
+  *,
+  activation: str | None,
+  tokens: int | None = None,
+  interpret=False,
+):
   """Gradients of `forward`, but for what the state adds to them.
 
   Args:
-    x, weight, bias, state, reach, activation, interpret: as given to `forward`.
+    x, weight, bias, state, reach, activation, tokens, interpret: as given to `forward`.
     dy: [B, T, D], the cotangent of y.
   Returns:
     dx: [B, T, D] in the dtype of x;   dweight: [B, D, W] and dbias: [B, D], float32, of each row,
@@ -88,8 +111,9 @@ def backward(x, weight, bias, state, reach, dy, *, activation: str | None, inter
   """
   batch, length, channels = x.shape
   width = weight.shape[1]
-  count = pl.cdiv(length, _tokens(x))
-  at = _Windows(x, width, lambda n: count - 1 - n)
+  tokens = tokens or _tokens(x)
+  count = pl.cdiv(length, tokens)
+  at = _Windows(x, width, tokens, lambda n: count - 1 - n)
   reach = at.marks(reach)
   dx, sums, dz = pl.pallas_call(
     functools.partial(_backward_kernel, width=width, activation=activation),
@@ -149,13 +173,13 @@ def _as_edge(state):
 class _Windows:
   """Which part of each array a grid step sees; `block(n)` is the block that step n works on."""
 
-  def __init__(self, x, width: int, block):
+  def __init__(self, x, width: int, tokens: int, block):
     batch, length, channels = x.shape
-    self._length, self._width, self._tokens = length, width, _tokens(x)
+    self._length, self._width, self._tokens = length, width, tokens
     tiles = pl.cdiv(channels, LANES)
     blocks = pl.cdiv(tiles, TILES)
     self._tiles = pl.cdiv(tiles, blocks)
-    lanes, tokens = self._tiles * LANES, self._tokens
+    lanes = self._tiles * LANES
     self.grid = (batch, blocks, pl.cdiv(length, tokens))
     self.rows = pl.BlockSpec((1, tokens, lanes), lambda b, d, n: (b, block(n), d))
     # Rows of bfloat16 come in tiles of 16.

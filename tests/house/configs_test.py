@@ -16,8 +16,32 @@ from jaxmix.training.run import SUPPLIED, abstract_run
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(CONFIGS.glob("runs/*.gin"))
 PARAMETERS = {
+  "corpus_gated_deltanet_1b": 1_359_203_068,
+  "corpus_gla_1b": 1_337_368_576,
+  "corpus_kda_1b": 1_362_795_904,
+  "corpus_mamba2_1b": 1_343_693_824,
   "wikitext2_attention_small": 12_585_472,
+  "wikitext2_deltanet_small": 12_604_288,
+  "wikitext2_gated_deltanet_small": 12_604_336,
+  "wikitext2_gla_small": 12_617_344,
+  "wikitext2_hgrn2_small": 12_581_248,
+  "wikitext2_hla_small": 12_591_232,
+  "wikitext2_kda_small": 12_606_616,
+  "wikitext2_lightning_small": 12_578_968,
   "wikitext2_linear_attention_small": 12_585_472,
+  "wikitext2_mamba2_small": 12_612_112,
+  "wikitext2_retnet_small": 12_578_944,
+  "wikitext2_simple_gla_small": 12_585_088,
+}
+OTHER_SIZES = {  # model file in place of the one of the run corpus_<mixer>_1b
+  "gated_deltanet_340m": 365_815_292,
+  "gated_deltanet_7b": 6_816_258_720,
+  "gla_340m": 360_402_944,
+  "gla_7b": 6_685_343_744,
+  "kda_340m": 372_921_536,
+  "kda_7b": 6_755_267_584,
+  "mamba2_340m": 368_314_880,
+  "mamba2_7b": 7_222_820_864,
 }
 
 
@@ -41,6 +65,17 @@ def test_run_builds_and_lowers(load, path):
   if path.stem in PARAMETERS:
     _, parameters, _ = abstract_parameters(model)
     assert sum(x.size for x in jax.tree.leaves(parameters)) == PARAMETERS[path.stem]
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_other_sizes(name):
+  """A model file given after a run file takes the place of its model."""
+  run_file = CONFIGS / "runs" / f"corpus_{name.rsplit('_', 1)[0]}_1b.gin"
+  model_file = CONFIGS / "models" / f"{name}.gin"
+  run = configuration.load([run_file, model_file], root=train, supplied=SUPPLIED)
+  model = functools.partial(run.value("model"), 50_257)
+  _, parameters, _ = abstract_parameters(model)
+  assert sum(x.size for x in jax.tree.leaves(parameters)) == OTHER_SIZES[name]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -67,4 +102,6 @@ def test_every_part_is_in_use():
   parts = [path for path in CONFIGS.rglob("*.gin") if path.parent.name != "runs"]
   assert len(parts) >= 8
   unused = [str(path.relative_to(CONFIGS)) for path in parts if path.name not in included]
-  assert unused in ([], ["mesh/fsdp_tensor4.gin"]), unused  # a mesh to choose, as fsdp.gin is
+  # A mesh to choose, as fsdp.gin is; and what a test above puts in the place of a run's model.
+  chosen = {"mesh/fsdp_tensor4.gin", *(f"models/{name}.gin" for name in OTHER_SIZES)}
+  assert set(unused) <= chosen, unused

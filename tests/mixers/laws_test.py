@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-BATCH, LENGTH, TAIL, DOCUMENT = 2, 107, 9, 33
+BATCH, LENGTH, TAIL, DOCUMENT = 2, 107, 3, 16
 # Where each document of a row begins; all are of one length, so that they can be run apart as one
 # batch.
-PACKED = ((0, 33, 66), (0, 33, 66))
-PADDED = ((0, 35, 74), (3, 36, 71))  # padding before, between and behind
+PACKED = ((0, 16, 32, 48, 64, 80), (0, 16, 32, 48, 64, 80))
+# Padding before, between and behind; chunks of 64 part documents.
+PADDED = ((0, 18, 36, 56, 75, 91), (3, 19, 38, 55, 71, 89))
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def ids_of(layout) -> np.ndarray:
   ids = np.zeros((BATCH, LENGTH), np.int32)
   for row, starts in enumerate(layout):
     for index, start in enumerate(starts):
-      ids[row, start : start + DOCUMENT] = 5 * row + index + 1
+      ids[row, start : start + DOCUMENT] = 7 * row + index + 1
   return ids
 
 
@@ -117,7 +118,7 @@ def test_definition(subject64, close, tolerance):
 def test_boundary(subject64):
   """No gradient of a document reaches another: exactly zero."""
   ids = ids_of(PACKED)
-  middle = ids % 5 == 2
+  middle = ids % 7 == 4
   weights = np.where(middle[..., None], rows(BATCH, LENGTH, seed=2), 0)
   (_, dx, _), _ = outputs_and_gradients(
     subject64.mixer,

@@ -20,7 +20,7 @@ from jaxmix.training.metrics import (
   batch_fingerprint,
   peak_flops,
 )
-from jaxmix.training.plots import plot_losses
+from jaxmix.training.plots import plot_comparison, plot_losses
 
 
 class Terminal(io.StringIO):
@@ -243,3 +243,19 @@ def test_the_losses_are_drawn_whole_or_not_at_all(tmp_path):
   assert picture == tmp_path / "loss.png"
   assert picture.read_bytes().startswith(b"\x89PNG")
   assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_runs_are_compared_in_one_picture(tmp_path):
+  for label, loss in (("one", 5.0), ("two", 4.0)):
+    report = writer(tmp_path / label)
+    for step in (10, 20):
+      report.write(step, {"loss": loss - step / 20}, split="validation")
+    report.close()
+  runs = {label: tmp_path / label for label in ("one", "two")}
+  picture = plot_comparison(runs, tmp_path / "both.png", split="validation")
+  assert picture.read_bytes().startswith(b"\x89PNG")
+  with pytest.raises(ValueError) as error:
+    plot_comparison(runs, tmp_path / "both.png", split="test")
+  assert str(error.value) == (
+    f"{tmp_path / 'one'} has no losses of 'test' — it has validation — name one of these"
+  )
