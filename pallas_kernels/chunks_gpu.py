@@ -357,8 +357,9 @@ def split(x, dtype) -> list:
   """x in float32 as a sum of bfloat16: exactly, or, where `dtype` is bfloat16, to 16 digits."""
   parts = []
   for _ in range(3 if dtype == jnp.float32 else 2):
-    # Cut off, not rounded: a compiler may take a number rounded and widened again for itself.
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+    # Rounded by hand: a compiler may take a number rounded and widened again for itself.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) + jnp.int32(2**15)
+    bits &= jnp.int32(-(2**16))
     part = jax.lax.bitcast_convert_type(bits, jnp.float32)
     parts.append(part.astype(jnp.bfloat16))
     x = x - part

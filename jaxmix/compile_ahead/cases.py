@@ -82,7 +82,8 @@ def _both(function: Callable, arrays: dict, cotangent: jax.Array):
 
 def op_names() -> tuple[str, ...]:
   """The ops that have kernels."""
-  return tuple(module.name for module in pkgutil.iter_modules(pallas_kernels.__path__))
+  folders = pkgutil.iter_modules(pallas_kernels.__path__)
+  return tuple(folder.name for folder in folders if folder.ispkg)
 
 
 def find_case(op: str, name: str):

@@ -7,6 +7,7 @@ batch has length 1 there, and no product repeats it.
 from __future__ import annotations
 
 import functools
+import math
 import re
 import string
 
@@ -59,17 +60,43 @@ def _axes(spec: str, rank: int) -> list[str]:
 def _contract(dtype, one, other, axes, shape):
   """The product of two (array, axes), in the axes and the shape given; an axis of length 1 there is
   summed over."""
-  squeezed = []
-  for x, names in (one, other):
-    kept = "".join(axis for axis, size in zip(names, x.shape, strict=True) if size > 1)
-    squeezed.append((x.astype(dtype).reshape([size for size in x.shape if size > 1]), kept))
-  (a, left), (b, right) = squeezed
-  out = "".join(axis for axis, size in zip(axes, shape, strict=True) if size > 1)
+  (a, left), (b, right) = (_squeezed(x.astype(dtype), names) for x, names in (one, other))
+  out = [axis for axis, size in zip(axes, shape, strict=True) if size > 1]
+  batch = [axis for axis in out if axis in left and axis in right]
+  summed = [axis for axis in left if axis in right and axis not in out]
+  # Of a batch, what is shared in the result: added up behind the product, whose sum is over one
+  # axis then.
+  shared = [axis for axis in summed if axis.isupper()]
+  summed = [axis for axis in summed if axis not in shared]
+  batch = shared + batch
+  rows, columns = ([axis for axis in out if axis in x and axis not in batch] for x in (left, right))
+  a, b = _as_matrices(a, left, batch, rows, summed), _as_matrices(b, right, batch, summed, columns)
   accumulator = jnp.promote_types(dtype, jnp.float32)
   precision = "highest" if dtype == accumulator else "default"
-  return jnp.einsum(
-    f"{left},{right}->{out}", a, b, preferred_element_type=accumulator, precision=precision
-  ).reshape(shape)
+  c = jnp.matmul(a, b, preferred_element_type=accumulator, precision=precision)
+  c = c.sum(tuple(range(len(shared))))
+  sizes = dict(zip(axes, shape, strict=True))
+  found = (*batch[len(shared) :], *rows, *columns)
+  c = c.reshape([sizes[axis] for axis in found])
+  return c.transpose([found.index(axis) for axis in out]).reshape(shape)
+
+
+def _squeezed(x, names: str):
+  """The array and its axes without those of length 1."""
+  kept = "".join(axis for axis, size in zip(names, x.shape, strict=True) if size > 1)
+  return x.reshape([size for size in x.shape if size > 1]), kept
+
+
+def _as_matrices(x, names: str, batch: list, rows: list, columns: list):
+  """[*batch, rows, columns], the axes of each in one, since not every compiler takes several; axes
+  that are in none are summed over."""
+  others = tuple(axis for axis, name in enumerate(names) if name not in (*batch, *rows, *columns))
+  if others:
+    x = x.sum(others)
+    names = "".join(name for name in names if name in (*batch, *rows, *columns))
+  x = x.transpose([names.index(axis) for axis in (*batch, *rows, *columns)])
+  lengths = x.shape[: len(batch)], x.shape[len(batch) : len(batch) + len(rows)]
+  return x.reshape(*lengths[0], math.prod(lengths[1]), -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -378,11 +378,11 @@ class Gates:
     inside = (row >= column) & (block_of(row, size) == block_of(column, size))
     self.triangle = jnp.where(inside, 1.0, 0.0).astype(jnp.bfloat16)
     one = jnp.where(row == column, 1.0, 0.0).astype(jnp.bfloat16)
-    self._beta = beta_ref[0, 0, 0]
+    self._beta = _rows_of(beta_ref)
     self._beta_columns = sum(dot(one, part, (1, 1)) for part in parts_of(self._beta))
     self._rows = self._columns = ()
     if g_ref is not None and len(g_ref.shape) == 5:
-      g = jnp.maximum(g_ref[0, 0, 0], STRONGEST) * LOG2_E
+      g = jnp.maximum(_rows_of(g_ref), STRONGEST) * LOG2_E
       summed = [g]
       if exact:  # multiples of the grain add up exactly, and the rest stays small
         coarse = jnp.round(g * GRAIN) / GRAIN
@@ -407,3 +407,10 @@ class Gates:
       return ChannelsDecay(masks, size, g, by_key=self._by_key)
     rows, columns = [x[i : i + 1] for x in self._rows], [x[:, i : i + 1] for x in self._columns]
     return RowDecay(masks, size, rows, columns, by_key=self._by_key)
+
+
+def _rows_of(ref):
+  """The rows of a window of `cut_scalars`. A single one is repeated: as an operand it would make a
+  product of a matrix with a vector, which Mosaic cannot lower in bfloat16."""
+  rows = ref[0, 0, 0]
+  return jnp.broadcast_to(rows, (8, rows.shape[1])) if len(rows) == 1 else rows

@@ -424,7 +424,8 @@ def _backward_kernel(
   gates = Gates(beta_ref, g_ref, documents_ref, load, blocks=blocks, exact=exact, by_key=True)
   count = width // size
   prepared, walked, summed = {}, {}, {}
-  rows_of = blocks.heads * blocks.tiles
+  kept = blocks.heads * blocks.tiles
+  rows_of = max(kept, 8)  # Mosaic lowers no product of a bfloat16 matrix and a single row
   lane = jax.lax.broadcasted_iota(jnp.int32, (width, rows_of), 1)
   sums = {name: jnp.zeros((width, rows_of), jnp.float32) for name in ("beta", "g")}
 
@@ -534,6 +535,7 @@ def _backward_kernel(
     behind = [finish(h, t + 1) for h in heads] if t + 1 < tiles else []
     _interleave([walk(h, t) for h in heads] + ahead + behind)
   _interleave(finish(h, 0) for h in heads)
-  dbeta_ref[0, 0, 0] = sums["beta"].T
+  dbeta_ref[0, 0, 0] = sums["beta"].T[:kept]
   if dg_ref is not None and len(dg_ref.shape) == 5:
-    dg_ref[0, 0, 0] = sum(dot(p, gates.triangle, (0, 0)) for p in parts_of(sums["g"]))
+    dg = sum(dot(p, gates.triangle, (0, 0)) for p in parts_of(sums["g"]))
+    dg_ref[0, 0, 0] = dg[:kept]
