@@ -144,7 +144,8 @@ def shard_kernel(
   Args:
     function: takes arrays (or None) and returns one array or several.
     in_axes: logical axes of each argument.
-    out_axes: logical axes of the result, or of each where there are several.
+    out_axes: logical axes of the result, or of each where there are several; None for one that is
+      None.
   Returns:
     The function under `jax.shard_map` on the mesh of `jax.set_mesh`; the function itself where
     there is none.
@@ -172,7 +173,11 @@ def shard_kernel(
       None if x is None else spec(axes) for axes, x in zip(in_axes, arrays, strict=True)
     )
     several = isinstance(out_axes[0], tuple)
-    out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
+    out_specs = (
+      spec(out_axes)
+      if not several
+      else tuple(None if axes is None else spec(axes) for axes in out_axes)
+    )
     return jax.shard_map(
       function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arrays)

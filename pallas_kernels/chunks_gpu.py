@@ -155,8 +155,10 @@ def compiler_params() -> plgpu.CompilerParams:
 
 def _channels(tile, size: int, dim: int):
   first = tile * size
-  exists = None if dim % size == 0 else first + jnp.arange(size) < dim
-  return pl.ds(first, size), exists
+  if dim % size == 0:
+    return pl.ds(first, size), None
+  # As an array: a number that reaches beyond the channels would be refused, mask or no mask.
+  return pl.ds(jnp.int32(first), size), first + jnp.arange(size) < dim
 
 
 def load(ref, index: tuple, *masks):

@@ -65,6 +65,7 @@ class SoftplusDecay(nnx.Module):
 
 
 def log_sigmoid_decay(raw: jax.Array, *, temperature: float) -> jax.Array:
-  """log(sigmoid(raw)) / temperature, float32: a decay sigmoid(raw)^(1 / temperature)."""
+  """log(sigmoid(raw)) / temperature, float32: a decay sigmoid(raw)^(1 / temperature) for raw [B, T,
+  heads, ...]."""
   raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
   return jax.nn.log_sigmoid(raw) / temperature

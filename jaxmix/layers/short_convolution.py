@@ -20,6 +20,7 @@ class ShortConvolution(nnx.Module):
     shape: logical name -> size of the channel axes of x, such as {"heads": 8, "key": 64}.
     width: taps W.   activation: None or "silu".   bias: add a bias.
     rngs: gives the taps, uniform within 1 / sqrt(W), as the published layers have it.
+  Source: Gu & Dao 2023 (arXiv 2312.00752), section 3.4.
   """
 
   def __init__(

@@ -29,6 +29,7 @@ DTYPES = ("float32", "bfloat16")
 LANES = 128
 HALO = 8  # rows of float32 in a register: how far taps reach beyond a block
 WIDEST = HALO
+ROWS = 32  # worked on at a time: what they need fits the registers
 TILES = 8  # of 128 channels in a block
 
 
@@ -237,20 +238,19 @@ def _for_each_tile(count: int, body):
 
 
 def _masked(masks_ref, j: int, first: int, x):
-  """x, [tokens, 128], where the taps of the tokens from `first` on go back j tokens; elsewhere
-  0."""
+  """x, [ROWS, 128], where the taps of the tokens from `first` on go back j tokens; elsewhere 0."""
   if masks_ref is None:
     return x
-  mask = masks_ref[j, pl.ds(first, x.shape[0])]
+  mask = masks_ref[j, pl.ds(first, ROWS)]
   return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & mask, jnp.float32)
 
 
-def _half(x, wide_ref, tile, weights, masks_ref):
-  """h (z where there is no activation) of the rows x of a block."""
+def _half(x, wide_ref, tile, first: int, weights, masks_ref):
+  """h (z where there is no activation) of x, the ROWS rows from `first` on."""
   h = weights[-1] + weights[0] * x
   for j, weight in enumerate(weights[1:-1], 1):
-    tap = wide_ref[tile, pl.ds(HALO - j, x.shape[0])]
-    h = h + weight * _masked(masks_ref, j, 0, tap)
+    tap = wide_ref[tile, pl.ds(first + HALO - j, ROWS)]
+    h = h + weight * _masked(masks_ref, j, first, tap)
   return h
 
 
@@ -269,11 +269,13 @@ def _forward_kernel(
 
   def convolve(tile, lanes):
     weights = [weights_ref[pl.ds(j, 1), lanes] for j in range(width + 1)]
-    x = x_ref[0, :, lanes].astype(jnp.float32)
-    wide_ref[tile, HALO:] = x
-    h = _half(x, wide_ref, tile, weights, masks_ref)
-    y = h + h * jnp.tanh(h) if activation else h
-    y_ref[0, :, lanes] = _masked(masks_ref, 0, 0, y).astype(y_ref.dtype)
+    for first in range(0, tokens, ROWS):
+      rows = pl.ds(first, ROWS)
+      x = x_ref[0, rows, lanes].astype(jnp.float32)
+      wide_ref[tile, pl.ds(first + HALO, ROWS)] = x
+      h = _half(x, wide_ref, tile, first, weights, masks_ref)
+      y = h + h * jnp.tanh(h) if activation else h
+      y_ref[0, rows, lanes] = _masked(masks_ref, 0, first, y).astype(y_ref.dtype)
 
   _for_each_tile(wide_ref.shape[0], convolve)
   wide_ref[:, :HALO] = wide_ref[:, tokens:]
@@ -325,26 +327,32 @@ def _backward_kernel(
 
   def convolve(tile, lanes):
     weights = [weights_ref[pl.ds(j, 1), lanes] for j in range(width + 1)]
-    x = _masked(masks_ref, 0, 0, x_ref[0, :, lanes].astype(jnp.float32))
-    wide_ref[tile, HALO:] = x
-    dz = dy_ref[0, :, lanes].astype(jnp.float32)
-    if activation:
-      h = _half(x, wide_ref, tile, weights, masks_ref)
-      t = jnp.tanh(h)
-      dz = dz * ((1 + t) + h * (1 - t * t))
-    dz = _masked(masks_ref, 0, 0, dz)
-    dz_ref[tile, :tokens] = dz
+    for first in range(0, tokens, ROWS):
+      rows = pl.ds(first, ROWS)
+      x = _masked(masks_ref, 0, first, x_ref[0, rows, lanes].astype(jnp.float32))
+      wide_ref[tile, pl.ds(first + HALO, ROWS)] = x
+      dz = dy_ref[0, rows, lanes].astype(jnp.float32)
+      if activation:
+        h = _half(x, wide_ref, tile, first, weights, masks_ref)
+        t = jnp.tanh(h)
+        dz = dz * ((1 + t) + h * (1 - t * t))
+      dz_ref[tile, rows] = _masked(masks_ref, 0, first, dz)
 
     # dz_{s+j} meets weight_j in dx_s, and x_s in dweight_j.
-    dx = weights[0] * dz
-    sums = [x * dz]
-    for j in range(1, width):
-      dz_after = _masked(masks_ref, j, j, dz_ref[tile, pl.ds(j, tokens)])
-      dx = dx + weights[j] * dz_after
-      sums.append(x * dz_after)
-    dx_ref[0, :, lanes] = dx.astype(dx_ref.dtype)
-    for j, terms in enumerate([*sums, dz]):
-      partial_ref[tile, j] += jnp.sum(terms.reshape(-1, HALO, LANES), axis=0)
+    sums = [partial_ref[tile, j] for j in range(width + 1)]
+    for first in range(0, tokens, ROWS):
+      rows = pl.ds(first, ROWS)
+      x, dz = wide_ref[tile, pl.ds(first + HALO, ROWS)], dz_ref[tile, rows]
+      sums[width] = _add_rows(sums[width], dz)
+      dx = 0.0
+      for j in range(width):
+        if j:
+          dz = _masked(masks_ref, j, first + j, dz_ref[tile, pl.ds(first + j, ROWS)])
+        dx = dx + weights[j] * dz
+        sums[j] = _add_rows(sums[j], x * dz)
+      dx_ref[0, rows, lanes] = dx.astype(dx_ref.dtype)
+    for j, total in enumerate(sums):
+      partial_ref[tile, j] = total
 
   _for_each_tile(wide_ref.shape[0], convolve)
 
@@ -356,3 +364,8 @@ def _backward_kernel(
       dz_edge_ref[0, :, lanes] = dz_ref[tile, :HALO]
       for j in range(width + 1):
         sums_ref[0, pl.ds(j, 1), lanes] = jnp.sum(partial_ref[tile, j], axis=0, keepdims=True)
+
+
+def _add_rows(total, x):
+  """total [8, 128] and every eight rows of x."""
+  return sum((x[first : first + HALO] for first in range(0, ROWS, HALO)), total)

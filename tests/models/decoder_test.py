@@ -250,8 +250,10 @@ def test_default_widths_of_the_mlp():
   [
     ({"pattern": ("linear_atention",)},
      "Decoder: pattern names 'linear_atention', which is unknown; expected one of attention, "
-     "linear_attention"),
-    ({"mlp": "wide"}, "Decoder: mlp names 'wide', which is unknown; expected one of dense, gated"),
+     "deltanet, gated_deltanet, gla, hgrn2, hla, kda, lightning, linear_attention, mamba2, retnet, "
+     "simple_gla"),
+    ({"mlp": "wide"},
+     "Decoder: mlp names 'wide', which is unknown; expected one of dense, gated, none"),
     ({"norm": "batch"},
      "Decoder: norm names 'batch', which is unknown; expected one of rms, layer"),
     ({"remat": "some"},
