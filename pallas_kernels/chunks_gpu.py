@@ -186,15 +186,14 @@ def _all(masks):
 
 def dot(a, b, axes: tuple[int, int] = (1, 0), dtype=jnp.float32):
   """Contracts axes[0] of a with axes[1] of b on tensor cores, accumulating in float32. float32
-  operands go as sums of bfloat16 (see `split` for `dtype`), in the products that matter: whole,
-  they would pass by the tensor cores and overfill the registers."""
+  operands go as sums of bfloat16 (see `split`), in the products that matter: whole, they would
+  pass by the tensor cores and overfill the registers."""
   if a.dtype == jnp.bfloat16:
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
   a, b = split(a, dtype), split(b, dtype)
-  pairs = [(i, j) for i in range(len(a)) for j in range(len(a) - i)]
-  small_first = sorted(pairs, key=sum, reverse=True)
-  return add(dot(a[i], b[j], axes) for i, j in small_first)
+  pairs = sorted(((i, j) for i in range(len(a)) for j in range(len(a) - i)), key=sum)
+  return add(dot(a[i], b[j], axes) for i, j in reversed(pairs))  # the small ones first
 
 
 def times(x, factor, axis: int):

@@ -292,10 +292,17 @@ DOCUMENTS = ("batch", None)
 STATE = ("batch", "heads", None, None)
 
 
+@functools.cache
+def _traced_once(kernel: Callable, **options) -> Callable:
+  """A kernel that is traced once for arrays of the same shapes: its program is long, and a model
+  asks for it in every differentiation and rematerialisation, also where another one runs."""
+  return jax.jit(functools.partial(kernel, **options))
+
+
 def _kernel_forward(call: _Call, kernel: ModuleType, *, save: bool, name: str = ""):
   """What runs a kernel on each device's part; with `save` it returns what the backward wants under
   the kernel's name."""
-  run_kernel = functools.partial(kernel.forward, scale=call.scale, dtype=call.dtype, save=save)
+  run_kernel = _traced_once(kernel.forward, scale=call.scale, dtype=call.dtype, save=save)
 
   def run(rows, state, segment_ids):
     arrays = (*_given(rows), state, _documents(segment_ids))
@@ -313,13 +320,15 @@ def _kernel_forward(call: _Call, kernel: ModuleType, *, save: bool, name: str = 
 
 
 def _kernel_backward(call: _Call, kernel: ModuleType, name: str):
+  backward = _traced_once(kernel.backward, scale=call.scale)
+
   def run(rows, state, segment_ids, starts, dy, dstate):
     given = _given(rows)
     saved, tree = jax.tree.flatten(starts[name])
 
     def run_kernel(*arrays):
       given_, saved_, rest = _split(arrays, len(given), len(saved))
-      return kernel.backward(*given_, jax.tree.unflatten(tree, saved_), *rest, scale=call.scale)
+      return backward(*given_, jax.tree.unflatten(tree, saved_), *rest)
 
     sharded = sharding.shard_kernel(
       run_kernel,
