@@ -183,14 +183,16 @@ def _solve_kernel(k_ref, v_ref, beta_ref, of_keys, x_ref, u_ref, w_ref, *, plan:
   number, head, batch = (pl.program_id(axis) for axis in range(3))
   chunk, size, dtype = Chunk(plan, None, batch, number), plan.blocks.chunk, u_ref.dtype
   every, own = pl.ds(0, size), (batch, head, chunk.rows)
-  beta = load(beta_ref, (batch, chunk.rows, head), chunk.exists)
   row, column = orient(False)
   token = jnp.arange(size)
+
+  def load_beta():  # where it is used, since the inverse fills the registers
+    return load(beta_ref, (batch, chunk.rows, head), chunk.exists)
 
   def double(level, x):
     half, block = token >> level, token >> (level + 1)
     couples = (row(block) == column(block)) & (row(half) > column(half))
-    m = times(load(of_keys.pairs, (*own, every), chunk.exists, None), beta, 0)
+    m = times(load(of_keys.pairs, (*own, every), chunk.exists, None), load_beta(), 0)
     return x - dot(dot(x, jnp.where(couples, m, 0), dtype=dtype), x, dtype=dtype)
 
   x = (row(token) == column(token)).astype(jnp.float32)
@@ -200,18 +202,20 @@ def _solve_kernel(k_ref, v_ref, beta_ref, of_keys, x_ref, u_ref, w_ref, *, plan:
   def of_values(tile, done):
     columns, exist = plan.values(tile)
     v = load(v_ref, (batch, chunk.rows, plan.head(v_ref, head), columns), chunk.exists, exist)
-    store(u_ref, (*own, columns), dot(x, times(v, beta, 0).astype(dtype)), chunk.exists, exist)
+    store(
+      u_ref, (*own, columns), dot(x, times(v, load_beta(), 0).astype(dtype)), chunk.exists, exist
+    )
     return done
 
   def of_channels(tile, done):
     channels, exist = plan.keys(tile)
     if of_keys.read is None:
-      k, read = load(k_ref, (*own, channels), chunk.exists, exist), beta
+      k, read = load(k_ref, (*own, channels), chunk.exists, exist), load_beta()
     else:
       index = (batch, chunk.rows, plan.head(k_ref, head), channels)
       k, read = (
         load(k_ref, index, chunk.exists, exist),
-        beta * load(of_keys.read, own, chunk.exists),
+        load_beta() * load(of_keys.read, own, chunk.exists),
       )
     store(w_ref, (*own, channels), dot(x, times(k, read, 0).astype(dtype)), chunk.exists, exist)
     return done

@@ -7,7 +7,7 @@ last W - 1 steps of a chunk read the first rows of the next.
 
 Bytes, a token and channel, at b bytes a number: 3 b, and of the rows that two chunks read
 2 b (2 W - 2) / STEPS, mostly from the cache; for sums 4 (W + 1) / STEPS. (XLA's own kernels for the
-same, which keep dz and read x again for each tap of dweight, move 11 b.) Flops: 6 W and some 12 for
+same, which keep dz and read x again for each tap of dweight, move 16 b.) Flops: 6 W and some 12 for
 the activation. The forward pass has no kernel: XLA makes one of its shifts, which moves 2 b.
 
 Rows need not be neighbours: the kernel is given the place of each, and so passes over padding.

@@ -119,7 +119,8 @@ CASES = [
   linear("rms", normalizer="rms", feature_map="relu", key_dim=4, value_dim=12),
   linear("none", normalizer="none", feature_map="identity"),
   recurrent("linear_attention_hedgehog", LinearAttention, 4 * 32 * DIM + 2 * 4 * 8 * 8,
-            2 * 4 * 16 * 8, heads=4, feature_map="hedgehog"),
+            2 * 4 * 16 * 8, heads=4, feature_map="hedgehog",
+            exceptions={"extremes": "a softmax of huge numbers turns on their last digits"}),
   # The output with its gate, where there is one, and the projections; then gates.
   recurrent("retnet", RetNet, (16 + 4 + 8 + 2 * 32) * DIM, (2 + 8) * 2 * 4,
             heads=8, key_heads=2, key_dim=2, value_dim=4),
