@@ -148,8 +148,7 @@ def mixed_dtypes(**arrays) -> str | None:
 
 
 def compiler_params() -> plgpu.CompilerParams:
-  """Without which Pallas would take another backend. Four warps are one multiplication of 64 rows
-  on Hopper; eight would hold the same tiles twice elsewhere."""
+  """Four warps are one product of 64 rows on Hopper; eight would hold tiles twice elsewhere."""
   return plgpu.CompilerParams(num_warps=4, num_stages=2)
 
 

@@ -57,7 +57,7 @@ def last_token(segment_ids: jax.Array, values: jax.Array, otherwise: jax.Array) 
   """
   index = jnp.arange(segment_ids.shape[1])
   newest = jnp.max(jnp.where(segment_ids != 0, index, -1), axis=1, initial=-1)
-  value = jnp.sum(jnp.where(index == newest[:, None], values, 0), axis=1)
+  value = jnp.sum(jnp.where(index == newest[:, None], values, 0), axis=1, dtype=values.dtype)
   return jnp.where(newest >= 0, value, otherwise)
 
 

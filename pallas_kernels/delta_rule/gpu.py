@@ -9,8 +9,8 @@ U and W are computed for all chunks at once; a walk as that of linear attention 
 reads the pair weights A from HBM, as it does there with decay.
 
 Backward: the walk from the end carries the cotangent of S and yields that of `written`; X^T takes
-it back to the values and to M, and all that is left needs nothing from other chunks. X, W and
-`written` are kept for it: to compute them again would repeat the inverse, the dearest part.
+it back to the values and to M, and the rest needs nothing from other chunks. X, W and `written` are
+kept for it, since the inverse is the dearest part.
 
 Bytes, a token and head at b bytes a number, with C = 64: forward b (5 K + 6 V + 4 C) + 4 C; kept
 for the backward b (K V / C + 2 C + K + V). The inverse is built by doubling the size of the blocks
@@ -563,9 +563,8 @@ def _pull_states(plan: Plan, refs, chunk: Chunk, batch, head, number, keys):
 
 
 def _pull_scalar(plan: Plan, rows: _Rows, dpairs_ref, dm_ref):
-  """What the pairs of the chunk give queries, and keys where they erase, before beta, and where
-  they are written; and what is left of the state: read, and written, [C, 1], and kept. A token's
-  pair with itself is left out."""
+  """What pairs of different tokens give queries, and keys where they erase, before beta, and where
+  they are written; and what is left of the state: read, and written, [C, 1], and kept."""
   weights = Weights(rows.chunk, rows.row(rows.g_ref))
   q, k = rows.tile(rows.q_ref), rows.tile(rows.k_ref)
   dpairs, dm = apart(rows.pairs(dpairs_ref))[0], rows.pairs(dm_ref)
