@@ -2,8 +2,7 @@
 tiles, what a chunk's tokens are to one another, and decays.
 
 Kernels are for Pallas's Triton backend, the only one with tensor cores on every GPU since Ampere.
-Arrays stay as callers have them, [B, T, heads, K]: a row of a head is contiguous. Pallas computes
-offsets in 64 bits where an array is larger than 4 GiB.
+Arrays stay [B, T, heads, K]. Pallas computes offsets in 64 bits for arrays above 4 GiB.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def tpu_table(rows: Sequence[dict]) -> str:
 
 def _what(row: dict) -> tuple[str, ...]:
   """The columns that say what a row is about."""
-  shape, grid = ("x".join(map(str, row[name])) for name in ("shape", "grid"))
+  rows = next(iter(row["shapes"].values()))  # of the first array, the rows of the op
+  shape, grid = ("x".join(map(str, sizes)) for sizes in (rows, row["grid"]))
   case = f"{row['case']} {shape} {row['dtype']}"
   names = (row["direction"], row["implementation"], row["name"])
   return (row["target"], row["op"], case, *names, grid)

@@ -1,7 +1,7 @@
 """The delta rule on GPU.
 
-What a chunk writes depends on the state before it, but through one product: with M the decayed
-products of its keys, strictly lower triangular, times beta, and X = (I + M)^-1,
+What a chunk writes depends on the state before it by one product: with M its keys' decayed
+products, strictly lower triangular, times beta, and X = (I + M)^-1,
 
     written = U - W S        U = X (beta V)        W = X (beta K as it reads S)
 
@@ -86,8 +86,7 @@ def forward(
 
   Args:
     beta: [B, T, H] float32, write strength, H the more of the heads of k and v.
-    q, k, v, g, state, documents, scale, dtype, save, blocks, interpret: as for linear attention;
-      q has no more heads than the state.
+    others: as for linear attention; q has no more heads than the state.
   Returns:
     y: [B, T, H, V];   S_T: [B, H, K, V] float32;   with `save` a tuple of arrays with batch first
     and heads second.
@@ -122,8 +121,7 @@ def backward(
   """Gradients of `forward`.
 
   Args:
-    q, k, v, beta, g, documents, scale, blocks, interpret: as given to `forward`.
-    starts: what it saved.
+    q, k, v, beta, g, documents, scale, blocks, interpret: as given to `forward`; starts: its own.
     dy: [B, T, H, V], any float dtype.   dstate: [B, H, K, V] float32: cotangents of y and S_T.
   Returns:
     dq, dk, dv in the shapes and the dtype of q, k, v; dbeta, and dg in the shape of g or None,
