@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 
 from jaxmix.ops.recurrence import Op, Rows, check_rows, recurrence
-from pallas_kernels.delta_rule import reference, tpu
+from pallas_kernels.delta_rule import gpu, reference, tpu
 
-OP = Op("delta_rule", reference.delta_rule, (("tpu", tpu),))
+OP = Op("delta_rule", reference.delta_rule, (("tpu", tpu), ("gpu", gpu)))
 
 
 def delta_rule(

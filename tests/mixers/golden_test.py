@@ -12,8 +12,7 @@ from jaxmix.mixers import GLA, KDA, GatedDeltaNet
 
 EXACT = 1e-10  # the tolerance that the golden files are published with
 
-# Our parameter -> the one in the file, and how its channels are cut: "out" are [in, heads, channels]
-# there [in, heads * channels], "in" are [heads, channels, out] there [heads * channels, out].
+# Our parameter -> the one in the file, where heads and their channels are one axis.
 SHARED = {
   "q/linear/kernel": "wq", "k/linear/kernel": "wk", "v/linear/kernel": "wv",
   "output/out/kernel": "wo", "output/norm/scale": "norm_w",
