@@ -50,8 +50,8 @@ def linear_attention(
     normalize: divide by the sum of weights; q and k should then not be negative.
     chunk_size: tokens a chunk of the matmul form, rounded up to a power of two; None chooses. The
       result does not depend on it but for rounding.
-    implementation: None, "reference", "xla", "tpu" (a fused kernel a direction) or "gpu" (kernels that
-      no GPU has timed yet; by name alone).
+    implementation: None, "reference", "xla", "tpu" (a fused kernel a direction) or "gpu" (kernels
+      that no GPU has timed yet; by name alone).
   Returns:
     y: [B, T, heads, V] in the dtype of v;   state: S_T, float32.
   Raises:
