@@ -88,12 +88,7 @@ def _squeezed(x, names: str):
 
 
 def _as_matrices(x, names: str, batch: list, rows: list, columns: list):
-  """[*batch, rows, columns], the axes of each in one, since not every compiler takes several; axes
-  that are in none are summed over."""
-  others = tuple(axis for axis, name in enumerate(names) if name not in (*batch, *rows, *columns))
-  if others:
-    x = x.sum(others)
-    names = "".join(name for name in names if name in (*batch, *rows, *columns))
+  """[*batch, rows, columns], the axes of each in one, since not every compiler takes several."""
   x = x.transpose([names.index(axis) for axis in (*batch, *rows, *columns)])
   lengths = x.shape[: len(batch)], x.shape[len(batch) : len(batch) + len(rows)]
   return x.reshape(*lengths[0], math.prod(lengths[1]), -1)
