@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.ops import decays
-from jaxmix.ops.products import product, solve_unit_lower
+from jaxmix.ops.products import product, scale_rows, solve_unit_lower
+
+CACHED = 2**18  # numbers of each array of a span, with which all arrays fit a core's second cache
 
 
 class Rows(NamedTuple):
@@ -70,14 +72,10 @@ def forward(rows: Rows, state, documents, *, scale: float, chunk_size: int):
     state: [B, H, K, V].   documents: [B, T] int32 or None, the document of each token.
     scale: multiplies q.   chunk_size: C, a power of two.
   Returns:
-    y: [B, T, heads, V], S_T: [B, H, K, V], and [B, L, S, N, K, V].
+    y: [B, T, heads, V], S_T: [B, H, K, V], and [N, B, L, S, K, V].
   """
-  length = rows.q.shape[1]
-  documents = _cut_documents(documents, chunk_size)
-  prepared = _prepare(rows.v.dtype, documents, _cut_rows(rows, chunk_size))
-  starts, state = _states(prepared, _split_heads(state, rows.fewest), rows.v.dtype)
-  y, _ = _finish(rows.v.dtype, scale, prepared, starts)
-  return _join(y, length), _join_heads(state), starts
+  run = functools.partial(_forward, scale=scale, chunk_size=chunk_size)
+  return _by_platform(run, rows, chunk_size, (rows, state, documents))
 
 
 def backward(rows: Rows, starts, documents, dy, dstate, *, scale: float, chunk_size: int):
@@ -86,24 +84,110 @@ def backward(rows: Rows, starts, documents, dy, dstate, *, scale: float, chunk_s
   Args:
     starts: what `forward` returned.   dy: [B, T, heads, V].   dstate: [B, H, K, V].
   """
-  dtype, fewest = rows.v.dtype, rows.fewest
-  documents = _cut_documents(documents, chunk_size)
-  cut, join = jax.vjp(functools.partial(_cut_rows, size=chunk_size), rows)
-  prepared, pull = jax.vjp(functools.partial(_prepare, dtype, documents), cut)
-  dy = _cut(dy.astype(starts.dtype), fewest, chunk_size)
-  dends, dstate = _state_cotangents(
-    dtype, scale, prepared, dy, _split_heads(dstate, fewest), starts.shape
-  )
-  _, finished = jax.vjp(lambda prepared: _finish(dtype, scale, prepared, starts), prepared)
-  (drows,) = join(*pull(*finished((dy, dends))))
-  return drows, _join_heads(dstate)
+  run = functools.partial(_backward, scale=scale, chunk_size=chunk_size)
+  return _by_platform(run, rows, chunk_size, (rows, starts, documents, dy, dstate))
 
 
-def _prepare(dtype, documents, rows: Rows) -> _Prepared:
-  """Rows are cut into chunks, in float32."""
-  q, k, v, beta, g = rows
+def _by_platform(run, rows: Rows, chunk_size: int, arrays):
+  """`run` on all chunks at once. A CPU goes from span to span, each of as many chunks as its cache
+  holds: from memory, so many small products would wait for their operands."""
+  batch, length, *_ = rows.q.shape
+  heads = max(x.shape[2] for x in (rows.q, rows.k, rows.v))
+  every = -(-length // chunk_size)
+  largest = chunk_size * max(chunk_size, rows.q.shape[3], rows.v.shape[3])
+  cached = max(CACHED // (batch * heads * largest), 1)
+  if cached >= every:
+    return run(*arrays, count=every)
+  some, at_once = (functools.partial(run, count=count) for count in (cached, every))
+  return jax.lax.platform_dependent(*arrays, cpu=some, default=at_once)
+
+
+def _forward(rows: Rows, state, documents, *, scale: float, chunk_size: int, count: int):
+  """`forward` in spans of `count` chunks."""
+  dtype, length, size = rows.v.dtype, rows.q.shape[1], count * chunk_size
+  arrays = _padded(rows, documents, size)
+
+  def step(state, start):
+    prepared = _prepare(dtype, chunk_size, *_span(*arrays, start, size))
+    starts, state = _states(prepared, state, dtype)
+    y, _ = _finish(dtype, scale, prepared, starts)
+    return state, (_join(y), jnp.moveaxis(starts, 3, 0))
+
+  state, (y, starts) = _walk(step, _split_heads(state, rows.fewest), length, size)
+  starts = starts.reshape(-1, *starts.shape[2:])[: -(-length // chunk_size)]
+  return _whole(y, length), _join_heads(state), starts
+
+
+def _backward(
+  rows: Rows, starts, documents, dy, dstate, *, scale: float, chunk_size: int, count: int
+):
+  """`backward` in spans of `count` chunks."""
+  dtype, length, size = rows.v.dtype, rows.q.shape[1], count * chunk_size
+  arrays, dy = _padded(rows, documents, size), _pad(dy, 1, size)
+  starts, fewest = _pad(starts, 0, count), rows.fewest
+
+  def step(dstate, start):
+    span, documents = _span(*arrays, start, size)
+    starts_ = jax.lax.dynamic_slice_in_dim(starts, start // chunk_size, count)
+    starts_ = jnp.moveaxis(starts_, 0, 3)
+    prepared, pull = jax.vjp(lambda rows: _prepare(dtype, chunk_size, rows, documents), span)
+    dy_ = jax.lax.dynamic_slice_in_dim(dy, start, size, axis=1).astype(starts.dtype)
+    dy_ = _cut(dy_, fewest, chunk_size)
+    dends, dstate = _state_cotangents(dtype, scale, prepared, dy_, dstate, starts_.shape)
+    _, finished = jax.vjp(lambda prepared: _finish(dtype, scale, prepared, starts_), prepared)
+    return dstate, *pull(*finished((dy_, dends)))
+
+  dstate, drows = _walk(step, _split_heads(dstate, fewest), length, size, reverse=True)
+  return jax.tree.map(lambda x: _whole(x, length), drows), _join_heads(dstate)
+
+
+def _walk(step, carry, length: int, size: int, *, reverse: bool = False):
+  """carry, result = step(carry, start) for the first token of each span; results are stacked."""
+  starts = jnp.arange(0, length, size)
+  if starts.size > 1:
+    return jax.lax.scan(step, carry, starts, reverse=reverse)
+  carry, result = step(carry, 0)
+  return carry, jax.tree.map(lambda x: x[None], result)
+
+
+def _padded(rows: Rows, documents, size: int):
+  """Rows and documents as `_span` takes them, for spans of `size` tokens."""
+  rows = jax.tree.map(lambda x: _pad(x, 1, size), rows)
+  if documents is None:
+    return rows, None
+  # The state given belongs to document 0.
+  return rows, jnp.pad(_pad(documents, 1, size, mode="edge"), ((0, 0), (1, 0)))
+
+
+def _pad(x, axis: int, size: int, **options):
+  """An axis made a multiple of `size`, by zeros unless `options` say otherwise."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % size)
+  return jnp.pad(x, widths, **options)
+
+
+def _span(rows: Rows, documents, start, size: int):
+  """Rows [B, size, ...] from token `start` on, and documents [B, 1 + size] or None, first that of
+  the token before."""
+
+  def cut(x, size):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+  documents = None if documents is None else cut(documents, 1 + size)
+  return jax.tree.map(lambda x: cut(x, size), rows), documents
+
+
+def _whole(x, length: int):
+  """[spans, B, size, ...] -> [B, T, ...]"""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _prepare(dtype, size: int, rows: Rows, documents) -> _Prepared:
+  """The chunks of a span, of `size` tokens each."""
+  q, k, v, beta, g = _cut_rows(rows, size)
   dot = functools.partial(product, dtype=dtype)
-  visible, reads, writes, keeps = _masks(documents, q.shape[-2])
+  visible, reads, writes, keeps = _masks(documents, size)
   q_in, k_out, keep = q, k, jnp.ones_like(k[..., :1, :1])
   if g is not None:
     g = jnp.maximum(g, decays.STRONGEST)
@@ -112,23 +196,25 @@ def _prepare(dtype, documents, rows: Rows) -> _Prepared:
     keep = jnp.swapaxes(jnp.exp(until[..., -1:, :]), -1, -2)
   q_in, k_out, keep = _where(reads, q_in), _where(writes, k_out), _where(keeps, keep)
 
+  weights = None if g is None or g.shape[-1] > 1 else decays.pair_decays(g, visible)
+
   def scores(q):
     if g is None:
       return jnp.where(visible, dot("ck,sk->cs", a=q, b=k), 0)
-    if g.shape[-1] == 1:
-      return dot("ck,sk->cs", a=q, b=k) * decays.pair_decays(g, visible)
+    if weights is not None:
+      return dot("ck,sk->cs", a=q, b=k) * weights
     arrays = jnp.broadcast_arrays(q, k, g)
     seen = visible
     if seen.ndim > 2:
       seen = _merged(jnp.repeat(seen, g.shape[2], axis=2))
-    weights = decays.decayed_scores(dtype, *map(_merged, arrays), seen)
-    return weights.reshape(*arrays[0].shape[:-1], -1)
+    scores = decays.decayed_scores(dtype, *map(_merged, arrays), seen)
+    return scores.reshape(*arrays[0].shape[:-1], -1)
 
   written, erased = v, None
   if beta is not None:
     k_in = k if g is None else k * jnp.exp(until)
-    right = jnp.concatenate([beta * v, beta * _where(reads, k_in)], axis=-1)
-    m = beta * jnp.tril(scores(k), -1)
+    right = scale_rows(jnp.concatenate([v, _where(reads, k_in)], axis=-1), beta)
+    m = scale_rows(jnp.tril(scores(k), -1), beta)
     solved = solve_unit_lower(dtype, _merged(m), _merged(right)).reshape(right.shape)
     written, erased = jnp.split(solved, [v.shape[-1]], axis=-1)
   return _Prepared(q_in, scores(q), k_out, keep, written, erased)
@@ -218,16 +304,15 @@ def _cut_rows(rows: Rows, size: int) -> Rows:
 
 
 def _cut(x, fewest: int, size: int):
-  """[B, T, L * S, K] -> [B, L, S, N, C, K], zeros beyond T"""
-  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+  """[B, N * C, L * S, K] -> [B, L, S, N, C, K]"""
   x = x.reshape(x.shape[0], -1, size, fewest, x.shape[2] // fewest, x.shape[3])
   return jnp.moveaxis(x, (3, 4), (1, 2))
 
 
-def _join(x, length: int):
-  """[B, L, S, N, C, V] -> [B, T, L * S, V]"""
+def _join(x):
+  """[B, L, S, N, C, V] -> [B, N * C, L * S, V]"""
   x = jnp.moveaxis(x, (1, 2), (3, 4))
-  return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :length]
+  return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])
 
 
 def _split_heads(state, fewest: int):
@@ -240,26 +325,17 @@ def _join_heads(state):
   return state.reshape(state.shape[0], -1, *state.shape[3:])
 
 
-def _cut_documents(documents, size: int):
-  """[B, T] -> [B, 1, 1, N, C]; None stays None."""
-  if documents is None:
-    return None
-  documents = jnp.pad(documents, ((0, 0), (0, -documents.shape[1] % size)), mode="edge")
-  return documents.reshape(documents.shape[0], 1, 1, -1, size)
-
-
 def _masks(documents, size: int):
   """Which keys a query sees [.., C, C], and which tokens read and write the state [.., C, 1]; which
   chunks keep it [.., 1, 1]."""
   visible = jnp.tril(jnp.ones((size, size), bool))
   if documents is None:
     return visible, None, None, None
-  visible = visible & (documents[..., :, None] == documents[..., None, :])
+  before = documents[:, None, None, :-1:size, None]
+  documents = documents[:, 1:].reshape(documents.shape[0], 1, 1, -1, size)
   last = documents[..., -1:]
-  # The state given belongs to document 0.
-  before = jnp.pad(last[..., :-1, :], (*((0, 0),) * 3, (1, 0), (0, 0)))
   return (
-    visible,
+    visible & (documents[..., :, None] == documents[..., None, :]),
     (documents == before)[..., None],
     (documents == last)[..., None],
     (last == before)[..., None],

@@ -99,10 +99,9 @@ def pair_decays(g: jax.Array, visible: jax.Array) -> jax.Array:
   # the one adds and subtracts exactly, the other stays small.
   coarse = jnp.round(jax.lax.stop_gradient(g) * GRAIN) / GRAIN
   parts = jnp.concatenate([coarse, g - coarse], axis=-1)
-  parts = _add_up(visible, parts, "...ts,...sk->...tk")  # from the beginning of the document
-  exponent = (parts[..., :, None, :] - parts[..., None, :, :]).sum(-1)
-  # Masked twice: the first keeps the gradient from 0 * inf, where exp of a later key overflows.
-  return jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0)), 0)
+  parts = _add_up(visible, parts, "...ts,...sk->...kt")  # from the beginning of the document
+  coarse, fine = (parts[..., i, :, None] - parts[..., i, None, :] for i in range(2))
+  return jnp.exp(jnp.where(visible, coarse + fine, -jnp.inf))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,10 +137,10 @@ def _scores(dtype, q, k, sums: _Sums):
   scores = np.eye(base) * jnp.sum(all_blocks(q * k), axis=-1, keepdims=True)
   if base > 1:  # inside the blocks all sizes are one product, of which each size gives its pairs
     decay = jnp.exp(sums.inside)
-    of_query, of_key = (all_blocks(x)[..., None, :, :] * decay for x in (q, k))
-    pairs = product("rck,rsk->rcs", dtype, of_query, of_key)
-    masks = np.stack([coupling(base, half) for half in powers(1, base)])
-    scores = scores + jnp.where(masks, pairs, 0).sum(-3)
+    of_query, of_key = (_at_each_size(all_blocks(x), decay) for x in (q, k))
+    pairs = jnp.unstack(product("rck,rsk->rcs", dtype, of_query, of_key), axis=-3)
+    for half, of_size in zip(powers(1, base), pairs, strict=True):
+      scores = scores + jnp.where(coupling(base, half), of_size, 0)
   scores = scores.reshape(*q.shape[:-2], -1, base, base)
   for half in powers(base, length):
     decay = blocks(jnp.exp(sums.towards_middle(half)), half)
@@ -150,6 +149,24 @@ def _scores(dtype, q, k, sums: _Sums):
     corner = product("mck,msk->mcs", dtype, of_query, of_key)
     scores = join_blocks(scores[..., ::2, :, :], corner, scores[..., 1::2, :, :])
   return scores[..., 0, :, :]
+
+
+@jax.custom_vjp
+def _at_each_size(x, decay):
+  """[..., C, K] and [..., sizes, C, K] -> the same; the decay gets no gradient."""
+  return x[..., None, :, :] * decay
+
+
+def _at_each_size_forward(x, decay):
+  return _at_each_size(x, decay), decay
+
+
+def _at_each_size_backward(decay, cotangent):
+  # Added one by one: a sum over an axis before the last takes a CPU ten times as long.
+  return sum(jnp.unstack(cotangent * decay, axis=-3)), None
+
+
+_at_each_size.defvjp(_at_each_size_forward, _at_each_size_backward)
 
 
 def _decayed_scores_forward(dtype, q, k, g, visible):
@@ -164,6 +181,7 @@ def _decayed_scores_backward(dtype, arrays, cotangent):
   # A score is multiplied by exp of a sum that ends at its query and begins after its key. What a
   # document's sums get adds up to nothing but for rounding, which must not reach another document.
   dsum = q * dq - k * dk
+  visible = jnp.broadcast_to(visible, (*dsum.shape[:-1], visible.shape[-1]))
   return dq, dk, _add_up(visible, dsum, "...ts,...tk->...sk"), None
 
 
