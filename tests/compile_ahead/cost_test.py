@@ -26,6 +26,7 @@ import functools, json, math, sys
 import jax, jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxmix.compile_ahead import target
 
@@ -117,7 +118,10 @@ def matmul_flops(jaxpr):
     times = equation.params["length"] if equation.primitive.name == "scan" else 1
     if equation.primitive.name == "shard_map":  # written for one device
       times = equation.params["mesh"].size
-    for value in equation.params.values():
+    values = list(equation.params.values())
+    if equation.primitive.name == "cond":  # by platform, the default one last
+      values = [equation.params["branches"][-1]]
+    for value in values:
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
         total += times * matmul_flops(inner)
@@ -137,11 +141,13 @@ for remat in sys.argv[11:]:
     state = step.abstract_state()
     traced = step.update.trace(state, batch)
     compiled = traced.lower().compile()
+    jaxpr = traced.jaxpr.jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   whole = nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
   block = next(iter(whole.layers.values()))
   steps[remat] = {
     "text": compiled.as_text(),
-    "traced": matmul_flops(traced.jaxpr.jaxpr),
+    "traced": matmul_flops(used),
     "forward": whole.flops(batch_rows, length),
     "logits": 2 * batch_rows * length * dim * vocab,
     "down": depth * batch_rows * length * block.mlp.down.flops_per_token,
