@@ -10,8 +10,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # Read by jax when it is imported, here and in the processes that tests start.
 # Tests run most programs once, so LLVM's optimisations cost more time than they save: without them
-# half of all
-# compilation goes. What XLA itself does to a program stays as it is.
+# half of all compilation goes. What XLA itself does to a program stays as it is.
 os.environ.setdefault(
   "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
@@ -25,6 +24,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+  """Lets go of the programs that a module compiled: each holds some of the memory maps of which
+  Linux gives a process 65,530, and beyond them XLA crashes."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

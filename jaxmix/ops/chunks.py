@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.ops import decays
+from jaxmix.ops.implementation import by_platform
 from jaxmix.ops.products import product, scale_rows, solve_unit_lower
 
 CACHED = 2**18  # numbers of each array of a span, with which all arrays fit a core's second cache
@@ -99,7 +100,7 @@ def _by_platform(run, rows: Rows, chunk_size: int, arrays):
   if cached >= every:
     return run(*arrays, count=every)
   some, at_once = (functools.partial(run, count=count) for count in (cached, every))
-  return jax.lax.platform_dependent(*arrays, cpu=some, default=at_once)
+  return by_platform(*arrays, cpu=some, default=at_once)
 
 
 def _forward(rows: Rows, state, documents, *, scale: float, chunk_size: int, count: int):

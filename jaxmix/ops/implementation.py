@@ -1,15 +1,15 @@
 """Which implementation of an op a program gets: chosen when the program is lowered, and explained
 on request.
 
-`implementation=None` leaves the choice to `jax.lax.platform_dependent`, so a CPU host that compiles
-for a pod gets the pod's kernels. A name is a demand: it raises where it cannot be met.
+`implementation=None` gives each platform its own, so a CPU host that compiles for a pod gets the
+pod's kernels. A name is a demand: it raises where it cannot be met.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 
@@ -48,7 +48,7 @@ def run(
     if not kernels:
       return functions["xla"](*arrays)
     branches = {_PLATFORMS[name]: function for name, function in kernels.items()}
-    return jax.lax.platform_dependent(*arrays, default=functions["xla"], **branches)
+    return by_platform(*arrays, default=functions["xla"], **branches)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"{op}: implementation={implementation!r} is unknown; expected None or one of "
@@ -60,6 +60,35 @@ def run(
       'use implementation="xla"'
     )
   return functions[implementation](*arrays)
+
+
+def by_platform(*arrays, default: Callable, **branches: Callable):
+  """Calls the branch (cpu, tpu, cuda) of the platform that the program is made for, or `default`.
+
+  That is the platform of the devices in the mesh of `jax.set_mesh`. Without one every branch is
+  traced and the choice is left to the lowering (`jax.lax.platform_dependent`); the programs of
+  kernels are long, and tracing those of other platforms takes seconds.
+  """
+  platform = _platform_of_mesh()
+  if platform is None:
+    return jax.lax.platform_dependent(*arrays, default=default, **branches)
+  return branches.get(platform, default)(*arrays)
+
+
+def candidates(functions: Iterable[str], refusals: Mapping[str, str]) -> list[str]:
+  """Those of the implementations that `run` may call where none is named."""
+  platform = _platform_of_mesh()
+  kernels = [name for name in _PLATFORMS if name in functions and name not in refusals]
+  if platform is None:
+    return ["xla", *kernels]
+  return [name for name in kernels if _PLATFORMS[name] == platform] or ["xla"]
+
+
+def _platform_of_mesh() -> str | None:
+  """jax's name of the platform whose devices are in the mesh of `jax.set_mesh`; None without one,
+  or for a mesh of no devices in particular."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else {"gpu": "cuda"}.get(device.platform, device.platform)
 
 
 def explain_implementation(function: Callable, *args) -> list[str]:

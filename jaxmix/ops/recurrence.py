@@ -200,10 +200,9 @@ def _attend_forward(rows, state, segment_ids, call: _Call):
 def _of_one_result(functions, arrays, refusals):
   """Functions that a platform chooses among return the same arrays: of the states kept for the
   backward pass, each fills in what the others keep, with zeros that nothing reads."""
-  functions = {name: function for name, function in functions.items() if name not in refusals}
   shapes = {}
-  for function in functions.values():
-    shapes |= jax.eval_shape(function, *arrays)[2]
+  for name in implementations.candidates(functions, refusals):
+    shapes |= jax.eval_shape(functions[name], *arrays)[2]
 
   def fill(function, *arrays):
     y, state, starts = function(*arrays)

@@ -196,12 +196,14 @@ def _obey(subject: Subject, request) -> Subject:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def _subject(request):
-  return Subject(request.param)
+  yield Subject(request.param)
+  jax.clear_caches()  # no other mixer has use for its programs; see `programs_of_a_module`
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def _subject64(request, float64):
-  return Subject(request.param)
+  yield Subject(request.param)
+  jax.clear_caches()
 
 
 @pytest.fixture

@@ -66,3 +66,26 @@ def test_refusal(name, text):
   with pytest.raises(ValueError) as error:
     implementation.run("op", name, (1,), functions=functions, refusals={"gpu": "too wide"})
   assert str(error.value) == text
+
+
+def test_platform_of_the_mesh():
+  """Under a mesh only the branch of its devices is traced; without one, every branch is."""
+  traced = []
+
+  def branch(name, value):
+    def run(x):
+      traced.append(name)
+      return x + value
+
+    return run
+
+  def program(x):
+    functions = {"xla": branch("xla", 1), "tpu": branch("tpu", 2)}
+    return implementation.run("op", None, (x,), functions=functions, refusals={})
+
+  assert jax.jit(program)(1) == 2
+  assert set(traced) == {"xla", "tpu"}
+  traced.clear()
+  with jax.set_mesh(jax.make_mesh((1,), ("x",))):
+    assert jax.jit(lambda x: program(x))(1) == 2
+  assert traced == ["xla"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmix import ops
+from jaxmix.ops import chunks
 from pallas_kernels.delta_rule.cases import CASES as DELTA_RULE
 from pallas_kernels.linear_attention.cases import CASES as LINEAR_ATTENTION
 
@@ -66,6 +67,16 @@ def test_chunk_size(op, chunk_size, close, rounding):
   """The chunk size changes nothing: one token, several chunks in a document, more than the
   length."""
   compare(op, NAMED[op, "vector"], close, rounding, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_spans(op, close, rounding, monkeypatch):
+  """A CPU's spans of a few chunks, the last cut short, hand on state, document and cotangents."""
+  case, chunk_size = NAMED[op, "vector"], 32
+  heads = case.batch * case.heads
+  monkeypatch.setattr(chunks, "CACHED", 2 * heads * chunk_size**2)
+  assert case.length % (2 * chunk_size) and case.length > 4 * chunk_size
+  compare(op, case, close, rounding, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
