@@ -1,85 +1,13 @@
-"""The op delta_rule against published reference programs, and where its inverse is hardest."""
+"""The op delta_rule where its inverse is hardest, and where it writes nothing."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmix import ops
 from jaxmix.ops.products import invert_unit_lower
-
-EXACT = 1e-10  # the tolerance that the golden files are published with
-OF_TILES = 2e-6  # their results are stored in float32
-INPUTS = {"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "g", "state": "h0"}  # ours -> stored
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "scale"))
-def outputs_and_gradients(arrays, weights, **options):
-  """y, S_T, and the gradients of their weighted sum with respect to every array."""
-
-  def weighted(arrays):
-    y, state = ops.delta_rule(**arrays, **options)
-    out = {"y": y, "state": state}
-    return sum(jnp.sum(out[name] * weights[name]) for name in out), out
-
-  gradients, out = jax.grad(weighted, has_aux=True)(arrays)
-  return {"out": out, "gradients": gradients}
-
-
-def load(golden, name) -> dict[str, np.ndarray]:
-  data = np.load(golden / "linear_attention" / f"{name}.npz")
-  return {key: data[key].astype(np.float64) for key in data.files}
-
-
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("name", [
-  "delta_rule__basic", "delta_rule__h0_negeig", "delta_rule__near_duplicate_keys",
-  "gated_delta_rule__mild", "gated_delta_rule__mild_h0", "gated_delta_rule__strong_h0_negeig",
-  "kda__mild", "kda__strong_h0", "kda__gva_h0", "tile__gated_delta_rule", "tile__kda_strong",
-])  # fmt: skip
-def test_golden(golden, name, implementation, close):
-  """Outputs, states and gradients of reference programs: DeltaNet, Gated DeltaNet, KDA."""
-  data = load(golden, name)
-  arrays = {key: data[stored] for key, stored in INPUTS.items() if stored in data}
-  with jax.enable_x64(True):
-    found = outputs_and_gradients(
-      arrays,
-      {"y": data["do"], "state": data["dht"]},
-      implementation=implementation,
-      scale=float(data["scale"]),
-    )
-  gradients = {key: data[f"d{INPUTS[key]}"] for key in arrays}
-  expected = {"out": {"y": data["o"], "state": data["ht"]}, "gradients": gradients}
-  close(found, expected, tolerance=OF_TILES if name.startswith("tile") else EXACT)
-
-
-@pytest.mark.parametrize("name", ["gated_delta_rule", "kda"])
-def test_golden_of_sequences(golden, name, close):
-  """Sequences of several lengths, one of them empty, each with a state of its own."""
-  data = load(golden, f"varlen__{name}")
-  ends = data["cu_seqlens"].astype(int)
-  found, expected = [], []
-  with jax.enable_x64(True):
-    for n, (start, end) in enumerate(itertools.pairwise(ends)):
-      rows = {key: data[key][:, start:end] for key in ("q", "k", "v", "beta", "g")}
-      found.append(
-        outputs_and_gradients(
-          rows | {"state": data["h0"][n : n + 1]},
-          {"y": data["do"][:, start:end], "state": data["dht"][n : n + 1]},
-          scale=float(data["scale"]),
-        )
-      )
-      gradients = {key: data[f"d{key}"][:, start:end] for key in rows}
-      expected.append({
-        "out": {"y": data["o"][:, start:end], "state": data["ht"][n : n + 1]},
-        "gradients": gradients | {"state": data["dh0"][n : n + 1]},
-      })  # fmt: skip
-  close(found, expected, tolerance=EXACT)
 
 
 @pytest.mark.parametrize(("beta", "decay"), [(0.5, 0.1), (1.0, 0.1), (1.0, 0.0), (2.0, 0.0)])

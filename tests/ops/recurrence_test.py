@@ -27,62 +27,49 @@ def names(value) -> str:
   return value if isinstance(value, str) else value.name
 
 
-@functools.partial(jax.jit, static_argnames=("op", "implementation", "chunk_size"))
-def outputs_and_gradients(op, arrays, weights, segment_ids, **options):
-  """y, S_T, and the gradients of their weighted sum with respect to every array."""
-
-  def weighted(arrays):
-    y, state = getattr(ops, op)(**arrays, segment_ids=segment_ids, **options)
-    out = {"y": y, "state": state}
-    return sum(jnp.sum(out[name] * weights[name]) for name in weights), out
-
-  gradients, out = jax.grad(weighted, has_aux=True)(arrays)
-  return {"out": out, "gradients": gradients}
-
-
 def weights_of(case) -> dict[str, np.ndarray]:
   random = np.random.default_rng(5)
   return {name: random.normal(size=shape) for name, shape in case.outputs().items()}
 
 
-def compare(op, case, close, rounding, **options):
+def compare(run, op, case, close, rounding, **options):
   """The chunked form and the reference, both in float64."""
-  arrays = case.inputs(), weights_of(case), case.segment_ids()
+  arrays, ids = (case.inputs(), weights_of(case)), case.segment_ids()
   with jax.enable_x64(True):
-    chunked = outputs_and_gradients(op, *arrays, implementation="xla", **options)
-    definition = outputs_and_gradients(op, *arrays, implementation="reference")
+    chunked = run(op, *arrays, segment_ids=ids, implementation="xla", **options)
+    definition = run(op, *arrays, segment_ids=ids, implementation="reference")
   tolerance = rounding(jnp.float64, 2 * (case.length + case.key_dim + case.value_dim))
   close(chunked, definition, tolerance=tolerance)
 
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=names)
-def test_definition(op, case, close, rounding):
+def test_definition(op, case, close, rounding, outputs_and_gradients):
   """Values and gradients of every input are those of the recurrence."""
-  compare(op, case, close, rounding)
+  compare(outputs_and_gradients, op, case, close, rounding)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("chunk_size", [1, 13, 1000])
-def test_chunk_size(op, chunk_size, close, rounding):
+def test_chunk_size(op, chunk_size, close, rounding, outputs_and_gradients):
   """The chunk size changes nothing: one token, several chunks in a document, more than the
   length."""
-  compare(op, NAMED[op, "vector"], close, rounding, chunk_size=chunk_size)
+  compare(outputs_and_gradients, op, NAMED[op, "vector"], close, rounding, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_spans(op, close, rounding, monkeypatch):
+def test_spans(op, close, rounding, monkeypatch, outputs_and_gradients):
   """A CPU's spans of a few chunks, the last cut short, hand on state, document and cotangents."""
   case, chunk_size = NAMED[op, "vector"], 32
   heads = case.batch * case.heads
   monkeypatch.setattr(chunks, "CACHED", 2 * heads * chunk_size**2)
   assert case.length % (2 * chunk_size) and case.length > 4 * chunk_size
-  compare(op, case, close, rounding, chunk_size=chunk_size)
+  compare(outputs_and_gradients, op, case, close, rounding, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["many_documents", "scalar", "vector"])
-def test_precision(op, name, dtype, errors, rounding):
+def test_precision(op, name, dtype, errors, rounding, outputs_and_gradients):
   """In float32 and bfloat16 the errors against float64 are those of rounding."""
   case = NAMED[op, name]
   inputs, segment_ids = case.inputs(), case.segment_ids()
@@ -90,14 +77,14 @@ def test_precision(op, name, dtype, errors, rounding):
   weights = {name: x.astype(np.float32) for name, x in weights_of(case).items()}
   found = {
     implementation: outputs_and_gradients(
-      op, inputs, weights, segment_ids, implementation=implementation
+      op, inputs, weights, segment_ids=segment_ids, implementation=implementation
     )
     for implementation in ("xla", "reference")
   }
   with jax.enable_x64(True):
     double = lambda tree: jax.tree.map(lambda x: x.astype(np.float64), tree)  # noqa: E731
     exact = outputs_and_gradients(
-      op, double(inputs), double(weights), segment_ids, implementation="reference"
+      op, double(inputs), double(weights), segment_ids=segment_ids, implementation="reference"
     )
   # float32: the sums. bfloat16: the roundings of scores or state, of the cotangent and of the
   # result; with the delta rule, each twice, as its values are differences from what it reads.
@@ -130,19 +117,17 @@ def strong(shape, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["none", "strong", "clears", "alternating"])
 @pytest.mark.parametrize("name", ["scalar", "vector"])
 @pytest.mark.parametrize("op", OPS)
-def test_extreme_decays(op, name, kind, rounding):
+def test_extreme_decays(op, name, kind, rounding, outputs_and_gradients):
   """Decays from none to all, in float32: finite, and right to rounding, gradients too; a token that
   clears the state costs its neighbours no digits."""
   case = NAMED[op, name]
   arrays = {key: x.astype(np.float32) for key, x in case.inputs().items()}
   arrays["g"] = strong(arrays["g"].shape, kind).astype(np.float32)
   weights = {key: x.astype(np.float32) for key, x in weights_of(case).items()}
-  found = outputs_and_gradients(op, arrays, weights, None, implementation="xla")
+  found = outputs_and_gradients(op, arrays, weights, implementation="xla")
   with jax.enable_x64(True):
     double = lambda tree: jax.tree.map(lambda x: x.astype(np.float64), tree)  # noqa: E731
-    exact = outputs_and_gradients(
-      op, double(arrays), double(weights), None, implementation="reference"
-    )
+    exact = outputs_and_gradients(op, double(arrays), double(weights), implementation="reference")
   # The gradient of g is a difference of numbers as large as the gradients of q and k times q and k.
   of_g = case.key_dim * max(np.abs(exact["gradients"][key] * arrays[key]).max() for key in "qk")
   operations = case.length + case.key_dim + case.value_dim
@@ -166,7 +151,7 @@ def test_no_tokens(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_padding_of_nan_is_inert(op):
+def test_padding_of_nan_is_inert(op, outputs_and_gradients):
   """What stands at padding is not read: NaN there reaches neither outputs, state nor gradients."""
   case = NAMED[op, "vector"]
   arrays = {name: x.astype(np.float32) for name, x in case.inputs().items()}
@@ -174,7 +159,7 @@ def test_padding_of_nan_is_inert(op):
   ids = case.segment_ids()
   for name in arrays.keys() - {"state"}:
     arrays[name][ids == 0] = np.nan
-  found = outputs_and_gradients(op, arrays, weights, ids, implementation="xla")
+  found = outputs_and_gradients(op, arrays, weights, segment_ids=ids, implementation="xla")
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
   assert not np.asarray(found["out"]["y"])[ids == 0].any()
 
