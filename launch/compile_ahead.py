@@ -27,6 +27,11 @@ compiling it for that machine: whether it fits, what it sends, the least time th
                tensor-core instructions and occupancy. Beside them the XLA form and JAX's own flash
                attention at the same sizes.
 
+limits, in the table of TPU kernels: "limit" is what HBM and the matrix units allow for the bytes
+that the kernel copies and the flops that it computes, "op limit" what they allow for the op: its
+arrays read and written once, in the backward pass again, and the flops of its recurrence. Whole
+programs ("program") are given the layouts of arrays that they want, as inside a model.
+
 targets:
   TPU slices   v4:2x2x4 v5e:4x4 v5p:4x4x4 v6e:8x8 tpu7x:2x2x2; a bare name is one chip
   GPUs         h100:8 is a host of 8, h100:4x8 four such hosts; also h200 a100 b200 a6000 rtx4090
@@ -99,6 +104,13 @@ def options() -> argparse.ArgumentParser:
   kernels = parser.add_argument_group("kernels")
   kernels.add_argument(
     "--case", nargs="+", default=[], metavar="NAME", help="cases; default all of an op"
+  )
+  kernels.add_argument(
+    "--implementation",
+    nargs="+",
+    default=[],
+    metavar="NAME",
+    help="tpu, gpu, xla, jax_flash_attention; default all",
   )
   kernels.add_argument(
     "--record",
@@ -250,18 +262,24 @@ def _compiled(
 
 def _kernels(arguments: argparse.Namespace) -> int:
   from jaxmix.compile_ahead import record
-  from jaxmix.compile_ahead.cases import case_programs, case_task, op_names
+  from jaxmix.compile_ahead.cases import baselines_once, case_programs, case_task, op_names
   from jaxmix.compile_ahead.process import CompileError, compile_all
   from jaxmix.compile_ahead.targets import target
-  from jaxmix.compile_ahead.text import case_rows, gpu_table, tpu_table
+  from jaxmix.compile_ahead.text import case_rows, compare_with_attention, gpu_table, tpu_table
 
   dtype = arguments.dtype or "bfloat16"
-  programs = [
+  programs = baselines_once(
     (case, target(name))
     for op in arguments.kernels or op_names()
     for name in arguments.target
-    for case in case_programs(op, target(name), names=arguments.case, dtype=dtype)
-  ]
+    for case in case_programs(
+      op,
+      target(name),
+      names=arguments.case,
+      dtype=dtype,
+      implementations=arguments.implementation,
+    )
+  )
   tasks = [case_task(case, chip) for case, chip in programs]
   rows: dict[str, list[dict]] = {"tpu": [], "cuda": []}
   refused = 0
@@ -273,6 +291,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
       print(f"{chip.name} {case}: {report}", file=sys.stderr)
     else:
       rows[chip.platform] += case_rows(case, report)
+  compare_with_attention(rows["tpu"])
   for platform, show in (("tpu", tpu_table), ("cuda", gpu_table)):
     if rows[platform]:
       print(show(rows[platform]))

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxmix.compile_ahead.cases import CaseProgram
+from jaxmix.compile_ahead.cases import BASELINE, CaseProgram
 from jaxmix.compile_ahead.decoding import DecodingReport
 from jaxmix.compile_ahead.ptx import GpuKernel
 from jaxmix.compile_ahead.report import Report
@@ -193,7 +193,7 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
   pieces = list(report.schedule.kernels)
   if len(pieces) > 1:
     pieces.append(total(pieces))
-  return [
+  rows = [
     {
       **start,
       **vars(piece),
@@ -203,6 +203,25 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
     }
     for piece in (*pieces, report.schedule.program)
   ]
+  least = 1e6 * case.least_seconds(target(report.target))
+  rows[-1] |= {"op_limit_us": least, "over_op_limit": rows[-1]["predicted_us"] / least}
+  return rows
+
+
+def compare_with_attention(rows: Sequence[dict]) -> None:
+  """Adds to rows of whole programs on TPUs how many times as long JAX's attention takes for the
+  same rows, where it is among them: "attention_ratio"."""
+
+  def compared(row: dict) -> tuple:
+    return row["target"], row["direction"], row["dtype"], tuple(row["shapes"]["q"])
+
+  programs = [row for row in rows if "op_limit_us" in row and "q" in row["shapes"]]
+  times = {
+    compared(row): row["predicted_us"] for row in programs if row["implementation"] == BASELINE
+  }
+  for row in programs:
+    if compared(row) in times and row["implementation"] != BASELINE:
+      row["attention_ratio"] = times[compared(row)] / row["predicted_us"]
 
 
 def _together(kernels: Sequence[GpuKernel], report: Report) -> GpuKernel:
@@ -228,7 +247,8 @@ def tpu_table(rows: Sequence[dict]) -> str:
   """Rows of `case_rows` on TPUs."""
   head = (
     "chip", "op", "case", "direction", "by", "kernel", "grid", "bundles", "issue Mc", "HBM Mc",
-    "MXU Mc", "spills", "VMEM MiB", "predicted us", "limit us", "ratio",
+    "MXU Mc", "spills", "VMEM MiB", "predicted us", "limit us", "ratio", "op limit us", "ratio",
+    "attention / it",
   )  # fmt: skip
   return table(
     [
@@ -245,6 +265,9 @@ def tpu_table(rows: Sequence[dict]) -> str:
           f"{_bounded(row)}{row['predicted_us']:.1f}",
           f"{row['limit_us']:.1f}",
           f"{_bounded(row)}{row['ratio']:.2f}",
+          f"{row['op_limit_us']:.1f}" if "op_limit_us" in row else "",
+          f"{_bounded(row)}{row['over_op_limit']:.2f}" if "over_op_limit" in row else "",
+          f"{row['attention_ratio']:.2f}" if "attention_ratio" in row else "",
         )
         for row in rows
       ),
