@@ -103,7 +103,7 @@ def options() -> argparse.ArgumentParser:
   )
   kernels = parser.add_argument_group("kernels")
   kernels.add_argument(
-    "--case", nargs="+", default=[], metavar="NAME", help="cases; default all of an op"
+    "--case", nargs="+", default=[], metavar="NAME", help="of the ops that have it; default all"
   )
   kernels.add_argument(
     "--implementation",
@@ -262,7 +262,13 @@ def _compiled(
 
 def _kernels(arguments: argparse.Namespace) -> int:
   from jaxmix.compile_ahead import record
-  from jaxmix.compile_ahead.cases import baselines_once, case_programs, case_task, op_names
+  from jaxmix.compile_ahead.cases import (
+    baselines_once,
+    case_programs,
+    case_task,
+    cases_of,
+    op_names,
+  )
   from jaxmix.compile_ahead.process import CompileError, compile_all
   from jaxmix.compile_ahead.targets import target
   from jaxmix.compile_ahead.text import case_rows, compare_with_attention, gpu_table, tpu_table
@@ -270,12 +276,12 @@ def _kernels(arguments: argparse.Namespace) -> int:
   dtype = arguments.dtype or "bfloat16"
   programs = baselines_once(
     (case, target(name))
-    for op in arguments.kernels or op_names()
+    for op, names in cases_of(arguments.kernels or op_names(), arguments.case).items()
     for name in arguments.target
     for case in case_programs(
       op,
       target(name),
-      names=arguments.case,
+      names=names,
       dtype=dtype,
       implementations=arguments.implementation,
     )

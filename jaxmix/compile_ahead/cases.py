@@ -133,11 +133,37 @@ def find_case(op: str, name: str):
   Raises:
     ValueError: the op has no such case.
   """
-  cases = importlib.import_module(f"pallas_kernels.{op}.cases")
-  known = {case.name: case for case in (*cases.CASES, *cases.BENCHMARKS)}
+  known = _cases(op)
   if name not in known:
     raise ValueError(f"{op} has no case {name!r} — it has {', '.join(known)} — name one of these")
   return known[name]
+
+
+def cases_of(ops: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+  """Op -> those of the names that are cases of it; the ops that have none of them are left out.
+
+  Args:
+    names: of cases; empty means all of every op.
+  Raises:
+    ValueError: an op does not exist, or none of them has a case of that name.
+  """
+  for op in ops:
+    _check_op(op)
+  for name in names:
+    if not any(name in _cases(op) for op in ops):
+      find_case(ops[0], name)
+  found = {op: tuple(name for name in names or _cases(op) if name in _cases(op)) for op in ops}
+  return {op: chosen for op, chosen in found.items() if chosen}
+
+
+def _cases(op: str) -> dict:
+  cases = importlib.import_module(f"pallas_kernels.{op}.cases")
+  return {case.name: case for case in (*cases.CASES, *cases.BENCHMARKS)}
+
+
+def _check_op(op: str) -> None:
+  if op not in op_names():
+    raise ValueError(f"no op {op!r} — expected one of {', '.join(op_names())} — name one of these")
 
 
 def case_programs(
@@ -157,14 +183,12 @@ def case_programs(
   Raises:
     ValueError: the op, a case or an implementation does not exist.
   """
-  if op not in op_names():
-    raise ValueError(f"no op {op!r} — expected one of {', '.join(op_names())} — name one of these")
+  _check_op(op)
   cases = importlib.import_module(f"pallas_kernels.{op}.cases")
   kernel = "tpu" if chip.platform == "tpu" else "gpu"
   has_kernel = importlib.util.find_spec(f"pallas_kernels.{op}.{kernel}") is not None
   benchmarks = {case.name for case in cases.BENCHMARKS}
-  every = [case.name for case in (*cases.CASES, *cases.BENCHMARKS)]
-  chosen = [find_case(op, name) for name in names or every]
+  chosen = [find_case(op, name) for name in names or _cases(op)]
   if unknown := sorted({*implementations} - {*IMPLEMENTATIONS}):
     raise ValueError(
       f"no implementation {unknown[0]!r} — expected some of {', '.join(IMPLEMENTATIONS)} — name "

@@ -61,6 +61,18 @@ def test_implementations_are_chosen_by_name():
     cases.case_programs("linear_attention", chip, implementations=("cuda",))
 
 
+def test_a_case_is_that_of_the_ops_that_have_it():
+  ops = ("linear_attention", "delta_rule", "short_convolution")
+  found = cases.cases_of(ops, ("train_constant", "train_scalar"))
+  assert found == {
+    "linear_attention": ("train_constant", "train_scalar"),
+    "delta_rule": ("train_scalar",),
+  }
+  assert "train_packed" in cases.cases_of(ops, ())["short_convolution"]
+  with pytest.raises(ValueError, match="linear_attention has no case 'trian' — it has one_token"):
+    cases.cases_of(ops, ("train_scalar", "trian"))
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
   """A kernel and JAX's attention at the same sizes, forward."""
