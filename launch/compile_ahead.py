@@ -20,10 +20,17 @@ compiling it for that machine: whether it fits, what it sends, the least time th
   a run        the real training step of a run file: memory of a device by kind, matmul flops, HBM
                bytes, every collective, the lower bound of the step time and the MFU that it allows.
                Where it does not fit: what makes it fit, each tried.
+  decoding     with --decode, of a run's model: one step of generate.py, the state updated in place,
+               and its least time beside that of reading the weights and the state once.
   kernels      every case of pallas_kernels/<op>/cases.py: on TPUs the static schedule and how far
                the kernel is from the limit of the chip; on GPUs registers, spills, shared memory,
                tensor-core instructions and occupancy. Beside them the XLA form and JAX's own flash
                attention at the same sizes.
+
+limits, in the table of TPU kernels: "limit" is what HBM and the matrix units allow for the bytes
+that the kernel copies and the flops that it computes, "op limit" what they allow for the op: its
+arrays read and written once, in the backward pass again, and the flops of its recurrence. Whole
+programs ("program") are given the layouts of arrays that they want, as inside a model.
 
 targets:
   TPU slices   v4:2x2x4 v5e:4x4 v5p:4x4x4 v6e:8x8 tpu7x:2x2x2; a bare name is one chip
@@ -40,6 +47,8 @@ examples:
   python launch/compile_ahead.py --gin_file configs/runs/quickstart.gin --target v5e
   python launch/compile_ahead.py --gin_file configs/runs/corpus_linear_attention_7b.gin \\
       --vocab_size 50257 --length 4096 --target v5p:4x4x4 v5e:16x16 h100:4x8
+  python launch/compile_ahead.py --gin_file configs/runs/corpus_gated_deltanet_1b.gin \\
+      --vocab_size 50257 --length 4096 --decode --batch_size 1 16 --target v5e
   python launch/compile_ahead.py --kernels linear_attention --case train --target v5e v6e h100
   python launch/compile_ahead.py --kernels --target v5e v6e --record"""
 
@@ -61,6 +70,12 @@ def options() -> argparse.ArgumentParser:
   parser.add_argument(
     "--workers", type=int, default=2, metavar="N", help="programs compiled at a time; default 2"
   )
+  parser.add_argument(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    help="of the arrays of kernels, default bfloat16; of the weight matrices of --decode, default "
+    "that in which the model computes (generate.py keeps float32)",
+  )
   run = parser.add_argument_group("a run")
   run.add_argument(
     "--gin_param",
@@ -77,14 +92,25 @@ def options() -> argparse.ArgumentParser:
     help="try meshes, and the batch sizes of --batch_size, and rank those that fit",
   )
   run.add_argument(
-    "--batch_size", type=int, nargs="+", metavar="B", help="of --sweep; default the run's own"
+    "--decode", action="store_true", help="compile a step of decoding instead of one of training"
+  )
+  run.add_argument(
+    "--batch_size",
+    type=int,
+    nargs="+",
+    metavar="B",
+    help="of --sweep, default the run's own; of --decode, default 1",
   )
   kernels = parser.add_argument_group("kernels")
   kernels.add_argument(
-    "--case", nargs="+", default=[], metavar="NAME", help="cases; default all of an op"
+    "--case", nargs="+", default=[], metavar="NAME", help="of the ops that have it; default all"
   )
   kernels.add_argument(
-    "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s"
+    "--implementation",
+    nargs="+",
+    default=[],
+    metavar="NAME",
+    help="tpu, gpu, xla, jax_flash_attention; default all",
   )
   kernels.add_argument(
     "--record",
@@ -99,6 +125,7 @@ def options() -> argparse.ArgumentParser:
 
 def compile_ahead(arguments: argparse.Namespace) -> int:
   """Compiles and prints; returns the exit code."""
+  _check(arguments)
   if arguments.kernels is not None:
     return _kernels(arguments)
   from jaxmix.compile_ahead.run import Run
@@ -108,12 +135,40 @@ def compile_ahead(arguments: argparse.Namespace) -> int:
   )
   run.configuration()  # a mistake in the files shows before anything is compiled
   results = []
-  work = _sweep if arguments.sweep else _report
+  work = _decode if arguments.decode else _sweep if arguments.sweep else _report
   for name in arguments.target:
     results.append(work(run, name, arguments))
   if arguments.json:
     Path(arguments.json).write_text(json.dumps([result for result, _ in results], indent=1))
   return 0 if all(fits for _, fits in results) else DOES_NOT_FIT
+
+
+def _check(arguments: argparse.Namespace) -> None:
+  """Raises ValueError where options do not go together."""
+  for option in ("kernels", "sweep"):
+    if arguments.decode and getattr(arguments, option) not in (None, False):
+      raise ValueError(
+        f"--decode with --{option}: --decode compiles the decoding of a run's model — expected "
+        f"--gin_file without --{option} — leave out one of them"
+      )
+
+
+def _decode(run: Run, name: str, arguments: argparse.Namespace) -> tuple[dict, bool]:
+  """One target: a decoding step with each number of rows."""
+  from jaxmix.compile_ahead.decoding import decoding_report, decoding_task
+  from jaxmix.compile_ahead.process import CompileError, compile_all
+  from jaxmix.compile_ahead.text import decoding_text
+
+  sizes = arguments.batch_size or [1]
+  tasks = [decoding_task(run, name, rows=rows, dtype=arguments.dtype) for rows in sizes]
+  found = []
+  for rows, report in zip(sizes, compile_all(tasks, workers=arguments.workers), strict=True):
+    if isinstance(report, CompileError):
+      raise report
+    found.append(decoding_report(run, report, rows=rows, dtype=arguments.dtype))
+    print(f"{decoding_text(found[-1])}\n", flush=True)
+  result = {"target": name, "decode": [report.to_dict() for report in found]}
+  return result, all(report.report.memory.fits for report in found)
 
 
 def _report(run: Run, name: str, arguments: argparse.Namespace) -> tuple[dict, bool]:
@@ -207,17 +262,30 @@ def _compiled(
 
 def _kernels(arguments: argparse.Namespace) -> int:
   from jaxmix.compile_ahead import record
-  from jaxmix.compile_ahead.cases import case_programs, case_task, op_names
+  from jaxmix.compile_ahead.cases import (
+    baselines_once,
+    case_programs,
+    case_task,
+    cases_of,
+    op_names,
+  )
   from jaxmix.compile_ahead.process import CompileError, compile_all
   from jaxmix.compile_ahead.targets import target
-  from jaxmix.compile_ahead.text import case_rows, gpu_table, tpu_table
+  from jaxmix.compile_ahead.text import case_rows, compare_with_attention, gpu_table, tpu_table
 
-  programs = [
+  dtype = arguments.dtype or "bfloat16"
+  programs = baselines_once(
     (case, target(name))
-    for op in arguments.kernels or op_names()
+    for op, names in cases_of(arguments.kernels or op_names(), arguments.case).items()
     for name in arguments.target
-    for case in case_programs(op, target(name), names=arguments.case, dtype=arguments.dtype)
-  ]
+    for case in case_programs(
+      op,
+      target(name),
+      names=names,
+      dtype=dtype,
+      implementations=arguments.implementation,
+    )
+  )
   tasks = [case_task(case, chip) for case, chip in programs]
   rows: dict[str, list[dict]] = {"tpu": [], "cuda": []}
   refused = 0
@@ -229,6 +297,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
       print(f"{chip.name} {case}: {report}", file=sys.stderr)
     else:
       rows[chip.platform] += case_rows(case, report)
+  compare_with_attention(rows["tpu"])
   for platform, show in (("tpu", tpu_table), ("cuda", gpu_table)):
     if rows[platform]:
       print(show(rows[platform]))

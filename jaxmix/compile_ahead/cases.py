@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from jaxmix import ops
@@ -20,6 +23,7 @@ from jaxmix.compile_ahead.targets import Target
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
+IMPLEMENTATIONS = ("tpu", "gpu", "xla", BASELINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +47,49 @@ class CaseProgram:
     """Of the arrays of the case."""
     return find_case(self.op, self.case).shapes()
 
-  def program(self, platform: str) -> tuple[Callable, tuple[Any, ...]]:
+  def program(self, chip: Target) -> tuple[Callable, tuple[Any, ...]]:
     """(function, abstract arguments), the cotangent of y last where it runs backward."""
     if self.implementation == BASELINE:
-      function, arrays = _baseline(self.shapes["q"], self.dtype, platform)
+      function, arrays = _baseline(self.shapes["q"], self.dtype, chip)
     else:
       function, arrays = self._op()
     if self.direction == "forward":
       return function, (arrays,)
     y = jax.eval_shape(function, arrays)
     return functools.partial(_both, function), (arrays, y)
+
+  def least_seconds(self, chip: Target) -> float:
+    """The least time that any program for the op takes on a chip: the larger of two.
+
+    Bytes: the arrays that the op takes and returns, each once, at the bandwidth of HBM. Flops:
+    those of its definition, at the peak of the matrix units: a memory written, read and, by the
+    delta rule, read at the key, token by token; of attention the causal pairs. Backward is another
+    pass: it takes the arrays and the cotangent, returns the gradients, and has twice the flops.
+    Saved states, what a kernel reads again, and the products of chunks are no part of it.
+    """
+    forward = dataclasses.replace(self, direction="forward")
+    function, (arrays,) = forward.program(chip)
+    y = jax.eval_shape(function, arrays)
+    taken, returned = _bytes(arrays), _bytes(y)
+    flops = self._flops()
+    if self.direction == "forward_backward":
+      numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+      taken, returned = 2 * taken + returned, returned + _bytes(numbers)
+      flops *= 3
+    return max((taken + returned) / chip.hbm_bandwidth, flops / chip.matmul_flops)
+
+  def _flops(self) -> int:
+    """Of the definition, forward, a multiply-add counted as two."""
+    shapes = self.shapes
+    if self.op == "attention" or self.implementation == BASELINE:
+      batch, length, heads, key_dim = shapes["q"]
+      return 2 * batch * heads * length * (length + 1) // 2 * (key_dim + shapes["v"][-1])
+    if self.op not in ("linear_attention", "delta_rule"):
+      return 0
+    batch, length, states, value_dim = shapes["v"]
+    readers = max(states, shapes["q"][2])
+    touched = states + readers + (states if self.op == "delta_rule" else 0)
+    return 2 * batch * length * touched * shapes["q"][3] * value_dim
 
   def _op(self) -> tuple[Callable, dict[str, jax.ShapeDtypeStruct]]:
     case = find_case(self.op, self.case)
@@ -66,6 +103,10 @@ class CaseProgram:
       getattr(ops, self.op), **case.options(), implementation=self.implementation
     )
     return functools.partial(_forward, call), arrays
+
+
+def _bytes(tree) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _forward(call: Callable, arrays: dict) -> jax.Array:
@@ -92,32 +133,67 @@ def find_case(op: str, name: str):
   Raises:
     ValueError: the op has no such case.
   """
-  cases = importlib.import_module(f"pallas_kernels.{op}.cases")
-  known = {case.name: case for case in (*cases.CASES, *cases.BENCHMARKS)}
+  known = _cases(op)
   if name not in known:
     raise ValueError(f"{op} has no case {name!r} — it has {', '.join(known)} — name one of these")
   return known[name]
 
 
+def cases_of(ops: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+  """Op -> those of the names that are cases of it; the ops that have none of them are left out.
+
+  Args:
+    names: of cases; empty means all of every op.
+  Raises:
+    ValueError: an op does not exist, or none of them has a case of that name.
+  """
+  for op in ops:
+    _check_op(op)
+  for name in names:
+    if not any(name in _cases(op) for op in ops):
+      find_case(ops[0], name)
+  found = {op: tuple(name for name in names or _cases(op) if name in _cases(op)) for op in ops}
+  return {op: chosen for op, chosen in found.items() if chosen}
+
+
+def _cases(op: str) -> dict:
+  cases = importlib.import_module(f"pallas_kernels.{op}.cases")
+  return {case.name: case for case in (*cases.CASES, *cases.BENCHMARKS)}
+
+
+def _check_op(op: str) -> None:
+  if op not in op_names():
+    raise ValueError(f"no op {op!r} — expected one of {', '.join(op_names())} — name one of these")
+
+
 def case_programs(
-  op: str, chip: Target, *, names: tuple[str, ...] = (), dtype: str = "bfloat16"
+  op: str,
+  chip: Target,
+  *,
+  names: Sequence[str] = (),
+  dtype: str = "bfloat16",
+  implementations: Sequence[str] = (),
 ) -> tuple[CaseProgram, ...]:
   """The programs of an op for a chip: its kernel on every case, and on the cases of the benchmarks
   the XLA form and JAX's own flash attention beside it.
 
   Args:
     names: of cases; empty means all.
+    implementations: "tpu", "gpu", "xla", BASELINE; empty means all.
   Raises:
-    ValueError: the op or a case does not exist.
+    ValueError: the op, a case or an implementation does not exist.
   """
-  if op not in op_names():
-    raise ValueError(f"no op {op!r} — expected one of {', '.join(op_names())} — name one of these")
+  _check_op(op)
   cases = importlib.import_module(f"pallas_kernels.{op}.cases")
   kernel = "tpu" if chip.platform == "tpu" else "gpu"
   has_kernel = importlib.util.find_spec(f"pallas_kernels.{op}.{kernel}") is not None
   benchmarks = {case.name for case in cases.BENCHMARKS}
-  every = [case.name for case in (*cases.CASES, *cases.BENCHMARKS)]
-  chosen = [find_case(op, name) for name in names or every]
+  chosen = [find_case(op, name) for name in names or _cases(op)]
+  if unknown := sorted({*implementations} - {*IMPLEMENTATIONS}):
+    raise ValueError(
+      f"no implementation {unknown[0]!r} — expected some of {', '.join(IMPLEMENTATIONS)} — name "
+      "these"
+    )
   programs = []
   for case in chosen:
     beside = ("xla",) if case.name in benchmarks else ()
@@ -125,24 +201,43 @@ def case_programs(
       beside = (*beside, BASELINE)
     for implementation in (*([kernel] if has_kernel else []), *beside):
       for direction in DIRECTIONS:
-        programs.append(CaseProgram(op, case.name, direction, implementation, dtype))
+        if not implementations or implementation in implementations:
+          programs.append(CaseProgram(op, case.name, direction, implementation, dtype))
   return tuple(programs)
 
 
-def _baseline(shape: tuple[int, ...], dtype: str, platform: str) -> tuple[Callable, dict]:
+def baselines_once(
+  programs: Iterable[tuple[CaseProgram, Target]],
+) -> list[tuple[CaseProgram, Target]]:
+  """The programs without the repeated ones of JAX's attention, which takes three arrays of one
+  shape whatever the op and its decay."""
+  found, known = [], set()
+  for case, chip in programs:
+    if case.implementation == BASELINE:
+      what = (chip.name, case.shapes["q"], case.direction, case.dtype)
+      if what in known:
+        continue
+      known.add(what)
+    found.append((case, chip))
+  return found
+
+
+def _baseline(shape: tuple[int, ...], dtype: str, chip: Target) -> tuple[Callable, dict]:
   """JAX's own fused causal attention, in the layout that it takes."""
   batch, length, heads, key_dim = shape
-  if platform == "tpu":
-    function, sizes = _flash_tpu, (batch, heads, length, key_dim)
+  if chip.platform == "tpu":
+    # The blocks with which its schedules were the fastest, of 256, 512, 1024 and 2048.
+    small = length <= 2048 and chip.core.matrix_unit_size == 128
+    function = functools.partial(_flash_tpu, min(512 if small else 1024, length))
+    sizes = (batch, heads, length, key_dim)
   else:
     function, sizes = _flash_gpu, (batch, length, heads, key_dim)
   return function, {name: jax.ShapeDtypeStruct(sizes, dtype) for name in "qkv"}
 
 
-def _flash_tpu(arrays: dict) -> jax.Array:
+def _flash_tpu(side: int, arrays: dict) -> jax.Array:
   from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-  side = min(512, arrays["q"].shape[2])
   fields = [field.name for field in dataclasses.fields(flash.BlockSizes)]
   sizes = {name: 1 if name == "block_b" else side for name in fields}
   return flash.flash_attention(**arrays, causal=True, block_sizes=flash.BlockSizes(**sizes))
@@ -163,4 +258,11 @@ def case_task(case: CaseProgram, chip: Target) -> Task:
 def _program(case: CaseProgram, chip: Target):
   from jaxmix.compile_ahead.worker import abstract_program  # exists in the other process only
 
-  return abstract_program(*case.program(chip.platform), chip)
+  function, arguments = case.program(chip)
+  jitted, arguments, mesh, figures = abstract_program(function, arguments, chip)
+  if chip.platform == "tpu":
+    # Inside a model the products around an op write and read its arrays in the order that it wants.
+    # Alone, it would be charged for the transposes to its own.
+    free = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    jitted = jax.jit(function, in_shardings=free, out_shardings=free)
+  return jitted, arguments, mesh, figures

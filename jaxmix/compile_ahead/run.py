@@ -48,6 +48,14 @@ class Run:
       self.gin_files, self.gin_params, root=training.train, supplied=SUPPLIED
     )
 
+  def model(self) -> tuple[nnx.GraphDef, dict, dict, nnx.Module]:
+    """Graph, parameters and their axes as `jaxmix.models.abstract_parameters` has them, and the
+    model that the first two make, without any array."""
+    vocab_size, _ = self.sizes()
+    factory = functools.partial(self.configuration().value("model"), vocab_size)
+    graph, parameters, axes = abstract_parameters(factory)
+    return graph, parameters, axes, nnx.merge(graph, parameters)
+
   def sizes(self) -> tuple[int, int]:
     """(vocab_size, length).
 
@@ -143,11 +151,9 @@ def run_task(run: Run, target: str) -> Task:
 
 def run_report(run: Run, report: Report) -> RunReport:
   """The report of a run from that of its compiled step."""
-  settings = run.configuration()
-  vocab_size, length = run.sizes()
-  model = functools.partial(settings.value("model"), vocab_size)
-  graph, parameters, _ = abstract_parameters(model)
-  batch_size = settings.value("batch_size")
+  _, length = run.sizes()
+  _, parameters, _, model = run.model()
+  batch_size = run.configuration().value("batch_size")
   figures = report.figures
   return RunReport(
     report=report,
@@ -156,7 +162,7 @@ def run_report(run: Run, report: Report) -> RunReport:
     optimizer_bytes=figures["optimizer_bytes"],
     batch_bytes=figures["batch_bytes"],
     tokens=batch_size * length,
-    model_flops=3 * nnx.merge(graph, parameters).flops(batch_size, length),
+    model_flops=3 * model.flops(batch_size, length),
   )
 
 

@@ -7,7 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxmix.compile_ahead.cases import CaseProgram
+from jaxmix.compile_ahead.cases import BASELINE, CaseProgram
+from jaxmix.compile_ahead.decoding import DecodingReport
 from jaxmix.compile_ahead.ptx import GpuKernel
 from jaxmix.compile_ahead.report import Report
 from jaxmix.compile_ahead.run import RunReport
@@ -74,8 +75,7 @@ def run_text(run: RunReport) -> str:
     f"memory {1e3 * bound.hbm:.1f}, interconnect {1e3 * bound.interconnect:.1f}): at most "
     f"{run.tokens_per_second:,.0f} tokens/s and {100 * run.mfu:.0f}% MFU, limited by "
     f"{bound.limited_by}",
-    f"traced in {report.lower_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s by "
-    + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    _made(report),
   ]
   if memory.fits and memory.needed > chip.default_memory_fraction * memory.capacity:
     lines.append(
@@ -87,6 +87,64 @@ def run_text(run: RunReport) -> str:
   if report.unknown_loops:
     lines.append(f"loops of unknown length, counted once: {', '.join(report.unknown_loops)}")
   return "\n".join(lines)
+
+
+def decoding_text(decoding: DecodingReport) -> str:
+  """Everything that compiling a decoding step tells."""
+  report, memory = decoding.report, decoding.report.memory
+  chip = target(report.target)
+  fits = "fits" if memory.fits else "DOES NOT FIT"
+  scheduled = decoding.scheduled_seconds
+  by_schedule = f"; by its schedule {1e3 * scheduled:.2f} ms" if scheduled else ""
+  lines = [
+    f"{report.target}: 1 x {chip.device_kind}; {decoding.parameters:,} parameters, matrices in "
+    f"{decoding.dtype}; one token for each of {decoding.rows} rows a step",
+    f"{fits}; it needs {gib(memory.needed)} of {gib(memory.capacity)}",
+    table(
+      [
+        ("memory of the device", ""),
+        ("parameters", gib(decoding.parameter_bytes)),
+        ("state, updated in place" if _in_place(decoding) else "state", gib(decoding.state_bytes)),
+        ("logits, and results apart", gib(memory.outputs - memory.aliased)),
+        ("temporaries", gib(memory.temporaries)),
+        ("program", gib(memory.code)),
+      ],
+      indent="  ",
+    ),
+    table(
+      [
+        ("in its memory a step moves", ""),
+        ("weights, read", quantity(decoding.weight_bytes, "B")),
+        ("state, read", quantity(decoding.state_bytes, "B")),
+        ("state, written", quantity(decoding.state_bytes, "B")),
+        ("these at least", f"{quantity(decoding.ideal_bytes, 'B')}, {_ms(decoding.ideal_seconds)}"),
+        ("the program", f"{quantity(report.hbm_bytes, 'B')}, {_ms(report.bound.hbm)}"),
+      ],
+      indent="  ",
+    ),
+    *_kernels(report),
+    f"a step takes at least {_ms(decoding.seconds)}, {decoding.ratio:.2f} times the ideal, limited "
+    f"by {report.bound.limited_by}{by_schedule}: at most "
+    f"{decoding.tokens_per_second:,.0f} tokens/s",
+    _made(report),
+  ]
+  return "\n".join(lines)
+
+
+def _in_place(decoding: DecodingReport) -> bool:
+  return decoding.report.memory.aliased >= decoding.state_bytes
+
+
+def _ms(seconds: float) -> str:
+  return f"{1e3 * seconds:.2f} ms"
+
+
+def _made(report: Report) -> str:
+  versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+  return (
+    f"traced in {report.lower_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s by "
+    f"{versions}"
+  )
 
 
 def _collectives(report: Report) -> list[str]:
@@ -135,7 +193,7 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
   pieces = list(report.schedule.kernels)
   if len(pieces) > 1:
     pieces.append(total(pieces))
-  return [
+  rows = [
     {
       **start,
       **vars(piece),
@@ -145,6 +203,25 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
     }
     for piece in (*pieces, report.schedule.program)
   ]
+  least = 1e6 * case.least_seconds(target(report.target))
+  rows[-1] |= {"op_limit_us": least, "over_op_limit": rows[-1]["predicted_us"] / least}
+  return rows
+
+
+def compare_with_attention(rows: Sequence[dict]) -> None:
+  """Adds to rows of whole programs on TPUs how many times as long JAX's attention takes for the
+  same rows, where it is among them: "attention_ratio"."""
+
+  def compared(row: dict) -> tuple:
+    return row["target"], row["direction"], row["dtype"], tuple(row["shapes"]["q"])
+
+  programs = [row for row in rows if "op_limit_us" in row and "q" in row["shapes"]]
+  times = {
+    compared(row): row["predicted_us"] for row in programs if row["implementation"] == BASELINE
+  }
+  for row in programs:
+    if compared(row) in times and row["implementation"] != BASELINE:
+      row["attention_ratio"] = times[compared(row)] / row["predicted_us"]
 
 
 def _together(kernels: Sequence[GpuKernel], report: Report) -> GpuKernel:
@@ -170,7 +247,8 @@ def tpu_table(rows: Sequence[dict]) -> str:
   """Rows of `case_rows` on TPUs."""
   head = (
     "chip", "op", "case", "direction", "by", "kernel", "grid", "bundles", "issue Mc", "HBM Mc",
-    "MXU Mc", "spills", "VMEM MiB", "predicted us", "limit us", "ratio",
+    "MXU Mc", "spills", "VMEM MiB", "predicted us", "limit us", "ratio", "op limit us", "ratio",
+    "attention / it",
   )  # fmt: skip
   return table(
     [
@@ -187,6 +265,9 @@ def tpu_table(rows: Sequence[dict]) -> str:
           f"{_bounded(row)}{row['predicted_us']:.1f}",
           f"{row['limit_us']:.1f}",
           f"{_bounded(row)}{row['ratio']:.2f}",
+          f"{row['op_limit_us']:.1f}" if "op_limit_us" in row else "",
+          f"{_bounded(row)}{row['over_op_limit']:.2f}" if "over_op_limit" in row else "",
+          f"{row['attention_ratio']:.2f}" if "attention_ratio" in row else "",
         )
         for row in rows
       ),

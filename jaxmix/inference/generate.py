@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -69,6 +70,24 @@ def generate(
     _draw, jax.random.key(seed), temperature=temperature, top_k=top_k, top_p=top_p
   )
   return _stream(functools.partial(_advance(graph), params), draw, rows, max_new_tokens, end_id)
+
+
+def abstract_decoding(
+  graph: nnx.GraphDef, params: dict, batch_size: int
+) -> tuple[Callable, tuple[dict, jax.ShapeDtypeStruct, None, dict]]:
+  """The step of `generate` without any array: to lower, to compile ahead.
+
+  Args:
+    graph: a decoder's.   params: its parameters as jax.ShapeDtypeStruct.
+    batch_size: rows that are continued side by side.
+  Returns:
+    The step, which gives its state's memory away, and its arguments: parameters, the last token of
+    each row [B], no segment ids, and the state.
+  """
+  step = _advance(graph)
+  prompts = jax.ShapeDtypeStruct((batch_size, _SHORTEST_PREFILL), jnp.int32)
+  _, state = jax.eval_shape(step, params, prompts, prompts, None)
+  return step, (params, jax.ShapeDtypeStruct((batch_size,), jnp.int32), None, state)
 
 
 def _stream(

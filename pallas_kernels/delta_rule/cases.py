@@ -66,4 +66,8 @@ BENCHMARKS = (
   Case("train", 4, 4096, 16, 128, 128),
   Case("train_scalar", 4, 4096, 16, 128, 128, decay="scalar"),
   Case("train_vector", 4, 4096, 16, 128, 128, decay="vector"),
+  Case("train_2k_scalar", 4, 2048, 16, 128, 128, decay="scalar"),
+  Case("train_2k_vector", 4, 2048, 16, 128, 128, decay="vector"),
+  Case("train_16k_scalar", 1, 16384, 16, 128, 128, decay="scalar"),
+  Case("train_16k_vector", 1, 16384, 16, 128, 128, decay="vector"),
 )

@@ -66,6 +66,19 @@ def test_sweep_ranks_what_fits(launch, tmp_path):
   assert "tokens/s at most" in out and "make_mesh.tensor = 2" in out
 
 
+def test_decoding_with_several_numbers_of_rows(launch, tmp_path):
+  code, out, err = launch(
+    "--gin_file", "configs/runs/quickstart.gin", "--target", "h100", "--decode", "--batch_size",
+    "1", "8", "--json", str(tmp_path / "decode.json"),
+  )  # fmt: skip
+  assert code == 0, err
+  (result,) = json.loads((tmp_path / "decode.json").read_text())
+  one, eight = result["decode"]
+  assert (one["rows"], eight["rows"]) == (1, 8) and one["dtype"] == "float32"
+  assert eight["state_bytes"] == 8 * one["state_bytes"]
+  assert "each of 1 rows" in out and "each of 8 rows" in out
+
+
 def test_kernels_on_a_gpu(launch):
   code, out, err = launch("--kernels", "attention", "--case", "train", "--target", "h100")
   assert code == 0, err
@@ -85,6 +98,11 @@ def test_kernels_on_a_gpu(launch):
       ("--gin_file", "configs/runs/quickstart.gin", "--gin_param", "Decoder.dims = 3", "--target",
        "h100"),
       "dims",
+    ),
+    (("--kernels", "attention", "--decode", "--target", "h100"), "--decode with --kernels"),
+    (
+      ("--gin_file", "configs/runs/quickstart.gin", "--decode", "--sweep", "--target", "h100"),
+      "--decode with --sweep",
     ),
   ],
 )  # fmt: skip
