@@ -16,6 +16,7 @@ from jaxmix.compile_ahead.report import Report
 from jaxmix.compile_ahead.run import Run
 from jaxmix.compile_ahead.targets import Target, target
 from jaxmix.inference.generate import abstract_decoding
+from jaxmix.models import cast_matrices
 from jaxmix.sharding import make_mesh
 
 
@@ -93,9 +94,8 @@ def decoding_task(run: Run, name: str, *, rows: int = 1, dtype: str | None = Non
 
   Args:
     run: names the model.   name: of the target.   rows: continued side by side.
-    dtype: of the weight matrices; None means that in which the model computes, to which it casts
-      them in any case, so that it decodes the same tokens. In float32, as training leaves them, it
-      pays for the cast at every token.
+    dtype: of the weight matrices; None means that in which the model computes, as `generate` has
+      them. In float32, as training leaves them, every token would pay for the cast.
   Raises:
     ValueError: the target has several devices.
   """
@@ -121,12 +121,8 @@ def decoding_report(
 
 def _program(run: Run, rows: int, dtype: str | None, chip: Target):
   """The step, its abstract arguments, the mesh, and what `DecodingReport` has of bytes."""
-  graph, parameters, axes, model = run.model()
-  parameters = jax.tree.map(
-    lambda x, axis: x.update(dtype=(dtype or model.dtype) if axis.is_matrix else x.dtype),
-    parameters,
-    axes,
-  )
+  graph, parameters, _, model = run.model()
+  parameters = cast_matrices(graph, parameters, dtype or model.dtype)
   mesh = make_mesh(devices=chip.devices())
   with jax.set_mesh(mesh):
     step, arguments = abstract_decoding(graph, parameters, rows)

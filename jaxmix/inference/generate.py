@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmix.inference.sampling import check_options, sample
+from jaxmix.models import cast_matrices
 from jaxmix.models.capacity import check_positions, check_stream_length
 
 _SHORTEST_PREFILL = 64
@@ -41,7 +42,8 @@ def generate(
 
   Args:
     graph, params: a decoder's, as in `jaxmix.training.run.Run`. Where the parameters lie on several
-      devices, call this and take the tokens under `jax.set_mesh`.
+      devices, call this and take the tokens under `jax.set_mesh`. The matrices are cast once to the
+      dtype in which the model computes, and held beside those given where that is another.
     prompts: token ids of each row, of any lengths. An empty one starts from `end_id`, which stands
       between documents.
     max_new_tokens: steps at most, at least 1.
@@ -69,6 +71,7 @@ def generate(
   draw = functools.partial(
     _draw, jax.random.key(seed), temperature=temperature, top_k=top_k, top_p=top_p
   )
+  params = cast_matrices(graph, params, model.dtype)
   return _stream(functools.partial(_advance(graph), params), draw, rows, max_new_tokens, end_id)
 
 

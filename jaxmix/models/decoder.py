@@ -141,8 +141,8 @@ class Decoder(nnx.Module):
     Args:
       tokens: [B, T] int32.   state: from `init_state` or an earlier call; None means the start of a
         document.
-      segment_ids: [B, T] int32, 0 is padding; None means one document a row.   positions: [B, T]
-        int32; None counts them.
+      segment_ids: [B, T] int32, 0 is padding; None means that each row is one document, that of
+        the state.   positions: [B, T] int32; None counts them.
     Returns:
       logits [B, T, vocab_size] float32 and the state.
     """
@@ -158,9 +158,11 @@ class Decoder(nnx.Module):
       dropout_key: a PRNG key; None means no dropout.
       The rest: see `__call__`.
     """
-    ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
     # A missing state stays None for the mixers, which keeps them on their path for whole rows.
-    layer_states, last_id, first = self._resume(state, ids)
+    layer_states, last_id, first = self._resume(state, segment_ids, tokens.shape[0])
+    ids = segment_ids
+    if ids is None:
+      ids = jnp.broadcast_to(jnp.where(last_id == 0, 1, last_id)[:, None], tokens.shape)
     counted = document_positions(ids, first)
     positions = counted if positions is None else positions
     embedding_key, layer_keys = None, None
@@ -260,16 +262,17 @@ class Decoder(nnx.Module):
   def _block_names(self) -> list[str]:
     return [f"{index}_{name}" for index, name in enumerate(self.pattern)]
 
-  def _resume(self, state: dict | None, ids: jax.Array):
+  def _resume(self, state: dict | None, ids: jax.Array | None, batch: int):
     """States of the layers, the document they belong to and the position it has reached.
 
     Where a call begins with another document than the last one ended with, a row starts afresh.
     """
-    batch = ids.shape[0]
     nothing = jnp.zeros(batch, jnp.int32)
     if state is None:
       return None, nothing, nothing
     last_id = state["segment_id"]
+    if ids is None:  # nothing to clear, which would read and write the whole state
+      return state["layers"], last_id, state["position"]
     first_id = last_token(ids[:, ::-1], ids[:, ::-1], nothing)
     leaves = (first_id != 0) & (last_id != 0) & (first_id != last_id)
 

@@ -42,6 +42,10 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
     axes: the same dict with `Axes` as its leaves.
   """
   graph, state = nnx.split(jax.eval_shape(lambda: model(rngs=nnx.Rngs(params=0))))
+  return graph, nnx.to_pure_dict(state), _axes_of(state)
+
+
+def _axes_of(state: nnx.State) -> dict:
   axes = jax.tree.map(
     lambda parameter: Axes(
       tuple(parameter.get_metadata()["axes"]), parameter.get_metadata().get("inputs")
@@ -49,7 +53,20 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
     state,
     is_leaf=lambda x: isinstance(x, nnx.Variable),
   )
-  return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+  return nnx.to_pure_dict(axes)
+
+
+def cast_matrices(graph: nnx.GraphDef, parameters: dict, dtype) -> dict:
+  """Parameters with the matrices in another dtype, such as that of the model, to which it casts
+  them at every call; norms, gates and taps keep theirs. Arrays or jax.ShapeDtypeStruct."""
+  axes = _axes_of(nnx.state(nnx.merge(graph, parameters)))
+
+  def cast(x, axis):
+    if not axis.is_matrix:
+      return x
+    return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+  return jax.tree.map(cast, parameters, axes)
 
 
 def init_parameters(model: Callable[..., nnx.Module], key: jax.Array) -> dict:

@@ -3,7 +3,6 @@ counts."""
 
 from __future__ import annotations
 
-import functools
 import json
 
 import jax
@@ -15,7 +14,6 @@ from jaxmix.compile_ahead.decoding import decoding_report, decoding_task
 from jaxmix.compile_ahead.run import Run
 from jaxmix.compile_ahead.text import decoding_text
 from jaxmix.inference.generate import abstract_decoding
-from jaxmix.models.parameters import init_parameters
 
 SMALL = (
   "Decoder.dim = 512", "Decoder.depth = 4", "Decoder.mlp_dim = 1024", "GatedDeltaNet.heads = 2",
@@ -116,19 +114,3 @@ def test_the_step_takes_what_the_model_hands_on(run):
 def test_several_devices_are_refused(run):
   with pytest.raises(ValueError, match=r"h100:8 has 8 devices.*expected one device"):
     decoding_task(run, "h100:8")
-
-
-def test_matrices_cast_beforehand_decode_the_same(run):
-  small = run.with_params("Decoder.dim = 64", "Decoder.depth = 2", "Decoder.mlp_dim = 64")
-  graph, _, axes, _ = small.model()
-  factory = functools.partial(small.configuration().value("model"), small.vocab_size)
-  params = init_parameters(factory, jax.random.key(0))
-  cast = jax.tree.map(lambda x, axis: x.astype("bfloat16") if axis.is_matrix else x, params, axes)
-  step, _ = abstract_decoding(graph, params, ROWS)
-  tokens, ids = jnp.arange(ROWS * 8).reshape(ROWS, 8), jnp.ones((ROWS, 8), jnp.int32)
-  found = []
-  for weights in (params, cast):
-    _, state = step(weights, tokens, ids, None)
-    logits, _ = step(weights, tokens[:, 0], None, state)
-    found.append(logits)
-  assert jnp.array_equal(*found)

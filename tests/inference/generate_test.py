@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from jaxmix.inference import generate
+from jaxmix.inference.generate import abstract_decoding
 from jaxmix.mixers import Attention, LinearAttention
-from jaxmix.models import Decoder, abstract_parameters, parameter_shardings
+from jaxmix.models import Decoder, abstract_parameters, cast_matrices, parameter_shardings
 from jaxmix.sharding import make_mesh
 
 VOCAB = 62
@@ -94,6 +95,23 @@ def test_greedy_tokens_are_the_argmax_of_the_whole_forward_pass(model):
 def test_a_prompt_gets_beside_others_what_it_gets_alone(model):
   prompts = [PROMPT, list(range(40)), [11]]
   assert continued(model, prompts) == [continued(model, [prompt])[0] for prompt in prompts]
+
+
+def test_matrices_are_cast_once_and_the_tokens_are_the_same():
+  """In bfloat16 the step is handed matrices that it need not cast; the likeliest tokens are those
+  of a model that casts float32 ones at every token."""
+  model = build(pattern=("linear_attention", "local"), dtype="bfloat16")
+  cast = cast_matrices(model.graph, model.params, "bfloat16")
+  for x, now, axes in zip(*map(jax.tree.leaves, (model.params, cast, model.axes)), strict=True):
+    assert now.dtype == ("bfloat16" if axes.is_matrix else x.dtype)
+  step, _ = abstract_decoding(model.graph, model.params, 1)
+  tokens, ids = np.array([PROMPT], np.int32), np.ones((1, len(PROMPT)), np.int32)
+  found = []
+  for params in (model.params, cast):
+    _, state = step(params, tokens, ids, None)
+    found.append(step(params, tokens[:, 0], None, state)[0])
+  np.testing.assert_array_equal(*found)
+  assert continued(model, [PROMPT]) == continued(model._replace(params=cast), [PROMPT])
 
 
 def test_a_mesh_of_devices_gives_the_tokens_of_one():

@@ -154,6 +154,14 @@ def test_state_across_documents(model, tokens, close, tolerance):
     np.testing.assert_array_equal(last[name], expected)
 
 
+def test_no_ids_go_on_with_the_document_of_the_state(model, tokens, close, tolerance):
+  """As ids would that repeat the state's own."""
+  ids = np.full((BATCH, LENGTH), 3, np.int32)
+  _, state = call(model, tokens[:, :12], None, ids[:, :12])
+  expected = call(model, tokens[:, 12:], state, ids[:, 12:])
+  close(call(model, tokens[:, 12:], state), expected, tolerance=tolerance)
+
+
 def test_padding_changes_no_state(model, tokens):
   """A call of padding leaves every row in its document, at its position."""
   _, state = call(model, tokens[:, :12], None, np.full((BATCH, 12), 3, np.int32))
