@@ -194,15 +194,22 @@ def _obey(subject: Subject, request) -> Subject:
   return subject
 
 
+# A mesh of one device changes nothing, but says that programs are for a CPU: kernels of other
+# platforms, which no CPU runs, are then not traced. No mixer has use for another's programs; see
+# `programs_of_a_module`.
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def _subject(request):
-  yield Subject(request.param)
-  jax.clear_caches()  # no other mixer has use for its programs; see `programs_of_a_module`
+  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    yield Subject(request.param)
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def _subject64(request, float64):
-  yield Subject(request.param)
+  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    yield Subject(request.param)
   jax.clear_caches()
 
 
