@@ -54,7 +54,7 @@ from pallas_kernels.chunks_gpu import (
   sum_shared,
   times,
 )
-from pallas_kernels.linear_attention.gpu import NARROWEST, Seen, scaled, what_walks_read
+from pallas_kernels.linear_attention.gpu import NARROWEST, Seen, no_decay, scaled, what_walks_read
 
 
 def refusal(q, k, v, beta, g=None) -> str | None:
@@ -94,7 +94,7 @@ def forward(
     2412.06464) and Kimi Team 2025 (arXiv 2510.26692), section 3.
   """
   plan = make_plan(q, k, v, blocks)
-  g = _per_token(g, plan)
+  g = no_decay(plan) if g is None else g
   options = {"name": "delta_rule_pairs", "interpret": interpret}
   prepared = prepare(plan, q, k, g, documents, dtype=q.dtype, **options)
   of_keys = prepare(plan, k, k, g, documents, dtype=jnp.float32, **options)
@@ -128,7 +128,7 @@ def backward(
     float32; dS_0: [B, H, K, V] float32.
   """
   plan = make_plan(q, k, v, blocks)
-  rows = _per_token(g, plan)
+  rows = no_decay(plan) if g is None else g
   starts, written, prepared, x, w = starts
   dy = (scale * dy.astype(jnp.float32)).astype(q.dtype)
   dwritten, dends, dfirst = _walk_back(plan, q, k, w, prepared, dy, dstate, interpret)
@@ -138,18 +138,11 @@ def backward(
   states = (starts, dends, written, dy, *solved)
   dq, dk, of_keys, dg = _pull_back(plan, q, k, beta, rows, states, documents, interpret)
   dq, dk, dv = (sum_shared(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
-  if not is_vector(g):
-    dg = dg.sum(axis=0)
-  if g is None or g.ndim == 1:
-    dg = None if g is None else dg.sum(axis=(0, 1))
-  return dq, dk, dv, of_values + of_keys.sum(axis=0), dg, dfirst
-
-
-def _per_token(g, plan: Plan):
-  """g as one decay a token at least; none is 0."""
   if g is None:
-    g = jnp.zeros(plan.heads, jnp.float32)
-  return jnp.broadcast_to(g, (plan.batch, plan.length, plan.heads)) if g.ndim == 1 else g
+    dg = None
+  elif not is_vector(g):
+    dg = dg.sum(axis=0)
+  return dq, dk, dv, of_values + of_keys.sum(axis=0), dg, dfirst
 
 
 def _shape(plan: Plan, dim: int, dtype):

@@ -88,8 +88,8 @@ def forward(
   Args:
     q, k: [B, T, heads, K].   v: [B, T, heads, V].   All float32 or all bfloat16. Each has the most
       or the fewest heads of the three; neighbours share a head.
-    g: log-decay <= 0, float32: [H], [B, T, H] or [B, T, H, K]; None is no decay. H is the more of
-      the heads of k and v.
+    g: log-decay <= 0, float32: [B, T, H] or [B, T, H, K]; None is no decay. H is the more of the
+      heads of k and v.
     state: [B, H, K, V] float32, S_0; None means zeros.
     documents: [B, T] int32 or None: the number of each token's document in its row, from 0 and
       never falling; S is cleared where it changes, and S_0 belongs to document 0.
@@ -104,8 +104,7 @@ def forward(
     (arXiv 2312.06635), section 4.
   """
   plan = make_plan(q, k, v, blocks)
-  g = per_token(g, plan, q.dtype)
-  prepared = None
+  g, prepared = _held(g, plan, q.dtype), None
   if g is not None:
     name = "linear_attention_pairs"
     prepared = prepare(plan, q, k, g, documents, name=name, dtype=q.dtype, interpret=interpret)
@@ -142,7 +141,7 @@ def backward(
     dS_0: [B, H, K, V] float32.
   """
   plan = make_plan(q, k, v, blocks)
-  rows = per_token(g, plan, q.dtype)
+  rows = _held(g, plan, q.dtype)
   starts, prepared = starts
   walked = (plan, q, k, v, prepared, documents, dy, dstate)
   dv, dends, dfirst = _walk_back(*walked, scale, interpret)
@@ -151,17 +150,17 @@ def backward(
   if g is None:
     return dq, dk, dv, None, dfirst
   dg = dg.reshape(*rows.shape[:3], plan.group, *rows.shape[3:]).sum(axis=3)
-  return dq, dk, dv, dg.sum(axis=(0, 1)) if g.ndim == 1 else dg, dfirst
+  return dq, dk, dv, dg, dfirst
 
 
-def per_token(g, plan: Plan, dtype):
-  """A constant decay as one for each token: 4 bytes, beside rows of hundreds. No decay stays None,
-  but in float32, whose walks have no registers left for the pair weights, it is 0."""
-  if g is None and dtype == jnp.float32:
-    g = jnp.zeros(plan.heads, jnp.float32)
-  if g is None or g.ndim > 1:
-    return g
-  return jnp.broadcast_to(g, (plan.batch, plan.length, plan.heads))
+def _held(g, plan: Plan, dtype):
+  """g; in float32, whose walks have no registers left for the pair weights, zeros for none."""
+  return no_decay(plan) if g is None and dtype == jnp.float32 else g
+
+
+def no_decay(plan: Plan):
+  """The g [B, T, H] by which nothing decays: 4 bytes a token, beside rows of hundreds."""
+  return jnp.zeros((plan.batch, plan.length, plan.heads), jnp.float32)
 
 
 class Seen:

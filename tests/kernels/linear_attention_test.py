@@ -13,9 +13,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import ops, sharding
-from pallas_kernels.linear_attention import blocks, tpu
-from pallas_kernels.linear_attention.cases import CASES, Case
+from pallas_kernels.linear_attention import blocks, cases, tpu
+from pallas_kernels.linear_attention.cases import Case
 
+# The op gives its kernels one decay a token at least.
+CASES = [case for case in cases.CASES if case.decay != "constant"]
 NAMED = {case.name: case for case in CASES}
 # Reads outside an array raise, and memory that nothing has written yet is NaN.
 STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -59,8 +61,7 @@ def inputs_of(case, dtype):
   ids, g = case.segment_ids(), arrays.get("g")
   live = np.ones((case.batch, case.length), bool) if ids is None else ids != 0
   rows = (np.asarray(arrays[name] * live[..., None, None], dtype) for name in "qkv")
-  if g is not None and (g.ndim > 1 or ids is not None):
-    g = np.broadcast_to(g, (*live.shape, *g.shape[2 * (g.ndim > 1) :]))
+  if g is not None:
     g = g * live.reshape(*live.shape, *(1,) * (g.ndim - 2))
   arrays = (*rows, None if g is None else np.float32(g), np.float32(arrays["state"]))
   dy = np.asarray(weights["y"] * live[..., None, None], dtype)
