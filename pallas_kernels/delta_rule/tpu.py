@@ -44,7 +44,7 @@ from pallas_kernels.chunks_tpu import (
   where,
 )
 from pallas_kernels.delta_rule.blocks import Blocks, choose_blocks, vmem_limit
-from pallas_kernels.delta_rule.inverse_tpu import (
+from pallas_kernels.delta_rule.tiles_tpu import (
   Gates,
   block_of,
   fold,

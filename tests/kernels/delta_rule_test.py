@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import ops, sharding
 from pallas_kernels.delta_rule import blocks, cases, reference, tpu
-from pallas_kernels.delta_rule.inverse_tpu import unit_lower_inverses
+from pallas_kernels.delta_rule.tiles_tpu import unit_lower_inverses
 
 # The op gives its kernels one decay a token at least.
 CASES = [case for case in cases.CASES if case.decay != "constant"]

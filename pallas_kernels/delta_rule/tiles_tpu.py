@@ -1,5 +1,5 @@
-"""Pairs of tokens inside a TPU kernel of the delta rule: their weights under decay, and the inverse
-of what couples them.
+"""Tiles of tokens inside a TPU kernel of the delta rule: what the tokens see and keep, the weights
+of their pairs under decay with the gradients, and the inverse of what couples the keys.
 
 A tile is L tokens of one head, in chunks of C. The matrices [C, C] of its chunks lie side by side
 along the lanes, [C, L], as many as make a row of 128: half of each register would stay empty
@@ -324,8 +324,6 @@ class ChannelsDecay:
       here = met[i : i + count] & (chunk[i : i + count] == m)
       inner = jnp.where(here, products[first : first + count], weights[i : i + count])
       weights = jnp.concatenate([x for x in (weights[:i], inner, weights[i + count :]) if len(x)])
-    return weights
-
     return weights
 
   def pull(self, q, k, dscores, dcoupling, beta):
