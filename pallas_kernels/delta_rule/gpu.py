@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_gpu import (
+  NARROWEST,
   Blocks,
   Chunk,
   Levels,
   Plan,
-  Prepared,
-  State,
   Weights,
   add,
   add_rows,
@@ -44,9 +44,7 @@ from pallas_kernels.chunks_gpu import (
   kept,
   load,
   make_plan,
-  mixed_dtypes,
   orient,
-  prepare,
   shortage,
   split,
   store,
@@ -54,7 +52,15 @@ from pallas_kernels.chunks_gpu import (
   sum_shared,
   times,
 )
-from pallas_kernels.linear_attention.gpu import NARROWEST, Seen, no_decay, scaled, what_walks_read
+from pallas_kernels.walks_gpu import (
+  Prepared,
+  Seen,
+  State,
+  no_decay,
+  prepare,
+  scaled,
+  what_walks_read,
+)
 
 
 def refusal(q, k, v, beta, g=None) -> str | None:

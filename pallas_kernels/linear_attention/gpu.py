@@ -29,14 +29,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_gpu import (
   NARROW,
+  NARROWEST,
   Blocks,
   Chunk,
   Levels,
   Plan,
-  Prepared,
-  State,
   Weights,
   add,
   add_rows,
@@ -48,9 +48,7 @@ from pallas_kernels.chunks_gpu import (
   kept,
   load,
   make_plan,
-  mixed_dtypes,
   orient,
-  prepare,
   shortage,
   split,
   store,
@@ -58,8 +56,14 @@ from pallas_kernels.chunks_gpu import (
   sum_shared,
   times,
 )
-
-NARROWEST = 16  # channels of a tile of keys beside vector decays and two gradients
+from pallas_kernels.walks_gpu import (
+  Seen,
+  State,
+  no_decay,
+  prepare,
+  scaled,
+  what_walks_read,
+)
 
 
 def refusal(q, k, v, g=None) -> str | None:
@@ -158,77 +162,6 @@ def _held(g, plan: Plan, dtype):
   return no_decay(plan) if g is None and dtype == jnp.float32 else g
 
 
-def no_decay(plan: Plan):
-  """The g [B, T, H] by which nothing decays: 4 bytes a token, beside rows of hundreds."""
-  return jnp.zeros((plan.batch, plan.length, plan.heads), jnp.float32)
-
-
-class Seen:
-  """What a walk sees of one chunk, for one state.
-
-  Attributes:
-    chunk: where it is.
-    keys: tiles [C, K], as they stay in the state after the chunk but for `write`.
-    read, write: [C] factors of what is read from the state before the chunk, and of what is written
-      to the state after it; None means one.
-    keeps: for each tile of keys, what is left of the state before in the state after: a number, [K]
-      or None, which is all.
-  """
-
-  def __init__(self, plan: Plan, q_ref, k_ref, prepared, documents_ref, batch, head, number):
-    self._plan, self._batch, self._head = plan, batch, head
-    self._q_ref, self._prepared = q_ref, prepared
-    self.chunk = chunk = Chunk(plan, documents_ref, batch, number)
-    self.keys = self._tiles(k_ref, head, head * plan.group)
-    if prepared is None:
-      self.read, self.write, keep = (
-        None if mask is None else mask.astype(jnp.float32)
-        for mask in (chunk.reads, chunk.writes, chunk.keeps)
-      )
-      self.keeps = [keep] * plan.key_tiles
-    elif prepared.read is None:
-      self.read = self.write = None
-      index = (batch, head, number)
-      self.keeps = [
-        load(prepared.keep, (*index, channels), exist)
-        for channels, exist in map(plan.keys, range(plan.key_tiles))
-      ]
-    else:
-      index = (batch, head, chunk.rows)
-      self.read, self.write = (
-        load(ref, index, chunk.exists) for ref in (prepared.read, prepared.write)
-      )
-      self.keeps = [prepared.keep[batch, head, number]] * plan.key_tiles
-
-  def _tiles(self, ref, own, user):
-    """Of q or k. Decayed for each channel they are head-major, and head `own` is meant."""
-    index = (self.chunk.rows, self._plan.head(ref, user))
-    if self._prepared is not None and self._prepared.read is None:
-      index = (own, self.chunk.rows)
-    return [
-      load(ref, (self._batch, *index, channels), self.chunk.exists, exist)
-      for channels, exist in map(self._plan.keys, range(self._plan.key_tiles))
-    ]
-
-  def queries(self, query):
-    """Tiles [C, K] of one of the state's queries, as they read the state before the chunk but for
-    `read`."""
-    user = self._head * self._plan.group + query
-    return self._tiles(self._q_ref, user, user)
-
-  def pairs(self, query, queries, *, by_key: bool = False):
-    """[C, C], what queries (rows) read of keys; the other way round with `by_key`."""
-    size = self._plan.blocks.chunk
-    if self._prepared is not None:
-      user = self._head * self._plan.group + query
-      index = (self._batch, user, self.chunk.rows, pl.ds(0, size))
-      pairs = load(self._prepared.pairs, index, self.chunk.exists, None)
-      return pairs.T if by_key else pairs
-    sides = (self.keys, queries) if by_key else (queries, self.keys)
-    scores = add(dot(a, b, (1, 1)) for a, b in zip(*sides, strict=True))
-    return jnp.where(self.chunk.visible(by_key=by_key), scores, 0)
-
-
 def _walk(plan: Plan, q, k, v, prepared, documents, state, scale, dtype, save, interpret):
   """y, S_T, and the states before the chunks or None."""
   batch, heads, sizes = plan.batch, plan.heads, (plan.key_dim, plan.value_dim)
@@ -293,20 +226,6 @@ def _walk_kernel(
 
   state = jax.lax.fori_loop(0, plan.chunks, step, tiles.load(state_ref))
   tiles.store(last_ref, state)
-
-
-def what_walks_read(q, k, prepared: Prepared | None, documents):
-  """What a walk reads for q, k, the rest of what is prepared, and documents."""
-  if prepared is None:
-    return q, k, None, documents
-  if prepared.reading is not None:
-    q, k = prepared.reading, prepared.written
-  return q, k, prepared._replace(reading=None, written=None), None
-
-
-def scaled(state, keep):
-  """A tile of the state times what is left of it: a number, [K] or None."""
-  return times(state, keep, 0) if keep is None or keep.ndim else state * keep
 
 
 def _walk_back(plan: Plan, q, k, v, prepared, documents, dy, dstate, scale, interpret):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_tpu import (
   ChannelDecay,
   Chunk,
@@ -50,15 +51,12 @@ from pallas_kernels.chunks_tpu import (
 )
 from pallas_kernels.linear_attention.blocks import Blocks, Sizes, choose_blocks, vmem_limit
 
-DTYPES = ("float32", "bfloat16")
-
 
 def refusal(q, k, v, g=None) -> str | None:
   """Why the kernels cannot run on q [B, T, heads, K], k [B, T, heads, K], v [B, T, heads, V] and g
   ([B, T, H], [B, T, H, K] or None), or None."""
-  dtypes = [str(x.dtype) for x in (q, k, v)]
-  if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-    return f"q, k, v are {', '.join(dtypes)}, expected all float32 or all bfloat16"
+  if (mixed := mixed_dtypes(q=q, k=k, v=v)) is not None:
+    return mixed
   try:
     choose_blocks(Sizes.of(q, k, v, g))
   except ValueError as error:
