@@ -20,7 +20,7 @@ from pallas_kernels.chunks import HIDDEN, in_two, to_bits
 
 WIDEST = 256  # key channels whose states, and tiles of q and k, fit registers and shared memory
 NARROW = 32  # channels of a tile of keys beside so much else that wider ones overfill the registers
-NARROWEST = 16  # the same beside vector decays and two gradients
+NARROWEST = 16  # the same beside vector decays, or float32 in three parts, and two gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +105,10 @@ def make_plan(q, k, v, blocks: Blocks | None) -> Plan:
 
 def choose_blocks(states: int, key_dim: int, value_dim: int, dtype) -> Blocks:
   """The blocks for so many states (B * H). Wide keys leave registers for fewer values in each
-  program, and where states are few, values are cut finer so that there are more programs."""
+  program, and where states are few, values are cut finer so that there are more programs. The parts
+  of float32 (`split`) leave room for half as much in a step."""
   exact = jnp.dtype(dtype) == jnp.float32
-  keys = min(64, tile_size(key_dim))
+  keys = min(NARROW if exact else 64, tile_size(key_dim))
   held = keys * pl.cdiv(key_dim, keys)
   room = 2048 if exact else 8192  # numbers of a state that registers hold beside the work
   values = min(64, tile_size(value_dim), max(16, 1 << (room // held).bit_length() - 1))
@@ -131,9 +132,9 @@ def shortage(key_dim: int) -> str | None:
   )
 
 
-def compiler_params() -> plgpu.CompilerParams:
-  """Four warps are one product of 64 rows on Hopper; eight would hold tiles twice elsewhere."""
-  return plgpu.CompilerParams(num_warps=4, num_stages=2)
+def compiler_params(warps: int) -> plgpu.CompilerParams:
+  """Those of a kernel whose programs have so many warps."""
+  return plgpu.CompilerParams(num_warps=warps, num_stages=2)
 
 
 def _channels(tile, size: int, dim: int):
@@ -409,9 +410,12 @@ def call(
   name: str,
   flops: int,
   exponentials: int = 0,
+  warps: int = 4,
   interpret=False,
 ):
-  """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays, as a GPU does."""
+  """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays, as a GPU does. Four
+  warps are one product of 64 rows on Hopper; eight hold some tiles twice, and the others in half
+  the registers."""
 
   def run(*arrays):
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, out_shape)))
@@ -419,7 +423,7 @@ def call(
       functools.partial(kernel, plan=plan),
       grid=grid,
       out_shape=out_shape,
-      compiler_params=compiler_params(),
+      compiler_params=compiler_params(warps),
       cost_estimate=pl.CostEstimate(
         flops=flops, transcendentals=exponentials, bytes_accessed=moved
       ),

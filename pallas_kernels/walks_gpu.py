@@ -186,51 +186,53 @@ def _vector_pairs_kernel(q_ref, k_ref, g_ref, documents_ref, *prepared_refs, pla
 
 
 class Seen:
-  """What a walk sees of one chunk, for one state.
+  """What a walk sees of one chunk, for one state. All is loaded where it is used: held over the
+  whole step, it would overfill the registers.
 
   Attributes:
     chunk: where it is.
-    keys: tiles [C, K], as they stay in the state after the chunk but for `write`.
-    read, write: [C] factors of what is read from the state before the chunk, and of what is written
-      to the state after it; None means one.
-    keeps: for each tile of keys, what is left of the state before in the state after: a number, [K]
-      or None, which is all.
   """
 
   def __init__(self, plan: Plan, q_ref, k_ref, prepared, documents_ref, batch, head, number):
-    self._plan, self._batch, self._head = plan, batch, head
-    self._q_ref, self._prepared = q_ref, prepared
-    self.chunk = chunk = Chunk(plan, documents_ref, batch, number)
-    self.keys = self._tiles(k_ref, head, head * plan.group)
-    if prepared is None:
-      self.read, self.write, keep = (
-        None if mask is None else mask.astype(jnp.float32)
-        for mask in (chunk.reads, chunk.writes, chunk.keeps)
-      )
-      self.keeps = [keep] * plan.key_tiles
-    elif prepared.read is None:
-      self.read = self.write = None
-      index = (batch, head, number)
-      self.keeps = [
-        load(prepared.keep, (*index, channels), exist)
-        for channels, exist in map(plan.keys, range(plan.key_tiles))
-      ]
-    else:
-      index = (batch, head, chunk.rows)
-      self.read, self.write = (
-        load(ref, index, chunk.exists) for ref in (prepared.read, prepared.write)
-      )
-      self.keeps = [prepared.keep[batch, head, number]] * plan.key_tiles
+    self._plan, self._batch, self._head, self._number = plan, batch, head, number
+    self._q_ref, self._k_ref, self._prepared = q_ref, k_ref, prepared
+    self.chunk = Chunk(plan, documents_ref, batch, number)
 
-  def _tiles(self, ref, own, user):
-    """Of q or k. Decayed for each channel they are head-major, and head `own` is meant."""
-    index = (self.chunk.rows, self._plan.head(ref, user))
-    if self._prepared is not None and self._prepared.read is None:
-      index = (own, self.chunk.rows)
-    return [
-      load(ref, (self._batch, *index, channels), self.chunk.exists, exist)
-      for channels, exist in map(self._plan.keys, range(self._plan.key_tiles))
-    ]
+  @property
+  def read(self):
+    """[C], the factor of what is read from the state before the chunk; None means one."""
+    return self._factor("read", self.chunk.reads)
+
+  @property
+  def write(self):
+    """[C], the factor of what is written to the state after the chunk; None means one."""
+    return self._factor("write", self.chunk.writes)
+
+  def _factor(self, name: str, mask):
+    if self._prepared is None:
+      return None if mask is None else mask.astype(jnp.float32)
+    ref = getattr(self._prepared, name)
+    index = (self._batch, self._head, self.chunk.rows)
+    return None if ref is None else load(ref, index, self.chunk.exists)
+
+  @property
+  def keeps(self):
+    """For each tile of keys, what is left of the state before in the state after: a number, [K] or
+    None, which is all."""
+    index = (self._batch, self._head, self._number)
+    for channels, exist in map(self._plan.keys, range(self._plan.key_tiles)):
+      if self._prepared is None:
+        keeps = self.chunk.keeps
+        yield None if keeps is None else keeps.astype(jnp.float32)
+      elif self._prepared.read is None:
+        yield load(self._prepared.keep, (*index, channels), exist)
+      else:
+        yield self._prepared.keep[index]
+
+  @property
+  def keys(self):
+    """Tiles [C, K], as they stay in the state after the chunk but for `write`."""
+    return self._tiles(self._k_ref, self._head, self._head * self._plan.group)
 
   def queries(self, query):
     """Tiles [C, K] of one of the state's queries, as they read the state before the chunk but for
@@ -238,14 +240,22 @@ class Seen:
     user = self._head * self._plan.group + query
     return self._tiles(self._q_ref, user, user)
 
-  def pairs(self, query, queries, *, by_key: bool = False):
+  def _tiles(self, ref, own, user):
+    """Of q or k. Decayed for each channel they are head-major, and head `own` is meant."""
+    index = (self.chunk.rows, self._plan.head(ref, user))
+    if self._prepared is not None and self._prepared.read is None:
+      index = (own, self.chunk.rows)
+    for channels, exist in map(self._plan.keys, range(self._plan.key_tiles)):
+      yield load(ref, (self._batch, *index, channels), self.chunk.exists, exist)
+
+  def pairs(self, query, *, by_key: bool = False):
     """[C, C], what queries (rows) read of keys; the other way round with `by_key`."""
-    size = self._plan.blocks.chunk
     if self._prepared is not None:
-      user = self._head * self._plan.group + query
-      index = (self._batch, user, self.chunk.rows, pl.ds(0, size))
+      user, every = self._head * self._plan.group + query, pl.ds(0, self._plan.blocks.chunk)
+      index = (self._batch, user, self.chunk.rows, every)
       pairs = load(self._prepared.pairs, index, self.chunk.exists, None)
       return pairs.T if by_key else pairs
+    queries = self.queries(query)
     sides = (self.keys, queries) if by_key else (queries, self.keys)
     scores = add(dot(a, b, (1, 1)) for a, b in zip(*sides, strict=True))
     return jnp.where(self.chunk.visible(by_key=by_key), scores, 0)

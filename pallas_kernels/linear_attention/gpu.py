@@ -209,10 +209,9 @@ def _walk_kernel(
     v = load(v_ref, index, exists, columns_exist)
 
     def of_query(query, done):
-      queries = seen.queries(query)
-      before = add(dot(q, part.astype(dtype)) for q, part in zip(queries, state, strict=True))
-      before = times(before, seen.read, 0)
-      y = scale * (before + dot(seen.pairs(query, queries).astype(dtype), v))
+      parts = zip(seen.queries(query), state, strict=True)
+      before = times(add(dot(q, part.astype(dtype)) for q, part in parts), seen.read, 0)
+      y = scale * (before + dot(seen.pairs(query).astype(dtype), v))
       index = (batch, rows, head * plan.group + query, columns)
       store(y_ref, index, y, exists, columns_exist)
       return done
@@ -276,13 +275,12 @@ def _walk_back_kernel(
 
     def of_query(query, carry):
       dv, read = carry
-      queries = seen.queries(query)
       index = (batch, rows, head * plan.group + query, columns)
       dy = scale * load(dy_ref, index, exists, columns_exist).astype(jnp.float32)
-      pairs = seen.pairs(query, queries, by_key=True).astype(dtype)
-      dv += dot(pairs, dy.astype(dtype))
+      dv += dot(seen.pairs(query, by_key=True).astype(dtype), dy.astype(dtype))
       dread = times(dy, seen.read, 0).astype(dtype)
-      read = tuple(part + dot(q, dread, (0, 0)) for part, q in zip(read, queries, strict=True))
+      parts = zip(read, seen.queries(query), strict=True)
+      read = tuple(part + dot(q, dread, (0, 0)) for part, q in parts)
       return dv, read
 
     dstate = tuple(scaled(part, keep) for part, keep in zip(dstate, seen.keeps, strict=True))
@@ -296,7 +294,7 @@ def _walk_back_kernel(
 
 def _pull_back(plan: Plan, q, k, v, g, starts, dends, documents, dy, scale, interpret):
   """dq, dk, and dg [B, T, M] or [B, T, M, K]: a head for each user."""
-  plan = plan.with_keys(NARROW)
+  plan = plan.with_keys(NARROW if q.dtype == jnp.bfloat16 else NARROWEST)
   rows, size = plan.batch * plan.most * plan.length, plan.blocks.chunk
   of_rows = [gradient_of(q, plan.most), gradient_of(k, plan.most)]
   if g is not None:

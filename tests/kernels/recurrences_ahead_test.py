@@ -157,23 +157,33 @@ FORWARD_AND_BACKWARD = {
   "linear_attention": {"pairs", "forward", "backward_states", "backward_pairs", "backward"},
   "delta_rule": {"pairs", "solve", "forward", "backward_states", "backward_pairs", "backward"},
 }
-TENSOR_CORES = {"a6000": "mma.sync", "h100": "wgmma"}
+TENSOR_CORES = {
+  "a100": "mma.sync",
+  "a6000": "mma.sync",
+  "rtx4090": "mma.sync",
+  "h100": "wgmma",
+  "b200": "tcgen05",
+}
 
 
-@pytest.mark.parametrize("chip", TENSOR_CORES)
-def test_gpu_kernels(chip):
-  """At head size 128 in bfloat16 no kernel spills a register, all that multiply do it on tensor
-  cores, and a multiprocessor has room for one block at least."""
+@pytest.mark.parametrize(
+  ("chip", "dtype"),
+  [*((chip, jnp.bfloat16) for chip in TENSOR_CORES), ("a6000", jnp.float32)],
+  ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name,
+)
+def test_gpu_kernels(chip, dtype):
+  """At head size 128 no kernel spills a register, all that multiply do it on tensor cores, and a
+  multiprocessor has room for one block at least."""
   if (reason := compile_ahead.installed("cuda")) is not None:
     pytest.skip(reason)
   calls = [
-    ("linear_attention", "train", jnp.bfloat16),
-    ("linear_attention", "train_scalar", jnp.bfloat16),
-    ("linear_attention", "train_vector", jnp.bfloat16),
-    ("delta_rule", "train_scalar", jnp.bfloat16),
-    ("delta_rule", "train_vector", jnp.bfloat16),
+    ("linear_attention", "train"),
+    ("linear_attention", "train_scalar"),
+    ("linear_attention", "train_vector"),
+    ("delta_rule", "train_scalar"),
+    ("delta_rule", "train_vector"),
   ]
-  arguments = [abstract_call(*call) for call in calls]
+  arguments = [abstract_call(*call, dtype) for call in calls]
   names = [op for op, *_ in arguments]
 
   def program(arrays):
