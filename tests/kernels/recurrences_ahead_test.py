@@ -102,14 +102,15 @@ def test_compiles_for_tpu(compiled, chip):
     assert sorted(kernels) == ["backward", "forward"], name
 
 
+# What libtpu 0.0.42.1 makes of the worse of both kernels, and a twentieth more, as in the record.
 @pytest.mark.parametrize(
   ("chip", "name", "spills", "slack"),
   [
-    ("v5e", "scalar", 0.35, 1.2),
-    ("v5p", "scalar", 0.45, 1.5),
-    ("v6e", "scalar", 0.45, 1.6),  # bandwidth is double
-    ("v5e", "vector", 0.7, 1.8),
-    ("v6e", "vector", 0.7, 2.8),
+    ("v5e", "scalar", 0.26, 1.17),
+    ("v5p", "scalar", 0.25, 1.5),
+    ("v6e", "scalar", 0.42, 0.89),
+    ("v5e", "vector", 0.59, 1.7),
+    ("v6e", "vector", 0.56, 1.34),
   ],
 )
 def test_schedule(compiled, chip, name, spills, slack):
@@ -176,23 +177,23 @@ def test_gpu_kernels(chip, dtype):
   multiprocessor has room for one block at least."""
   if (reason := compile_ahead.installed("cuda")) is not None:
     pytest.skip(reason)
-  calls = [
-    ("linear_attention", "train"),
-    ("linear_attention", "train_scalar"),
-    ("linear_attention", "train_vector"),
-    ("delta_rule", "train_scalar"),
-    ("delta_rule", "train_vector"),
-  ]
-  arguments = [abstract_call(*call, dtype) for call in calls]
+  kinds = {
+    "linear_attention": ("train", "train_scalar", "train_vector"),
+    "delta_rule": ("train_scalar", "train_vector"),
+  }
+  if dtype == jnp.float32:  # which takes twice as long to compile
+    kinds = dict.fromkeys(kinds, ("train_scalar",))
+  arguments = [abstract_call(op, name, dtype) for op, names in kinds.items() for name in names]
   names = [op for op, *_ in arguments]
 
   def program(arrays):
     return every_kernel([(op, *rest) for op, rest in zip(names, arrays, strict=True)])
 
   kernels = compile_ahead.gpu_kernels(program, ([rest for _, *rest in arguments],), chip)
-  assert {kernel.name for kernel in kernels} == {
-    f"{op}_{name}" for op, names in FORWARD_AND_BACKWARD.items() for name in names
-  }
+  expected = {f"{op}_{name}" for op, names in FORWARD_AND_BACKWARD.items() for name in names}
+  if dtype == jnp.float32:
+    expected.remove("linear_attention_backward_pairs")
+  assert {kernel.name for kernel in kernels} == expected
   for kernel in kernels:
     assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
     assert kernel.tensor_core.get(TENSOR_CORES[chip], 0) > 0, f"{kernel.name}: {kernel.tensor_core}"
