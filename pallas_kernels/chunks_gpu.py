@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-DTYPES = ("float32", "bfloat16")
+from pallas_kernels.chunks import HIDDEN, in_two, to_bits
+
 WIDEST = 256  # key channels whose states, and tiles of q and k, fit registers and shared memory
 NARROW = 32  # channels of a tile of keys beside so much else that wider ones overfill the registers
-
-LOG2E = 1 / math.log(2)  # decays are powers of two inside, one instruction each
-# Log-decays of a token in powers of two: below this they are 0 in float32 all the same. So bounded,
-# sums of multiples of 1 / GRAIN are exact in float32.
-STRONGEST = -160.0
-GRAIN = 256.0
-HIDDEN = -1e4  # exponent of a pair that must not see each other
+NARROWEST = 16  # the same beside vector decays, or float32 in three parts, and two gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +105,10 @@ def make_plan(q, k, v, blocks: Blocks | None) -> Plan:
 
 def choose_blocks(states: int, key_dim: int, value_dim: int, dtype) -> Blocks:
   """The blocks for so many states (B * H). Wide keys leave registers for fewer values in each
-  program, and where states are few, values are cut finer so that there are more programs."""
+  program, and where states are few, values are cut finer so that there are more programs. The parts
+  of float32 (`split`) leave room for half as much in a step."""
   exact = jnp.dtype(dtype) == jnp.float32
-  keys = min(64, tile_size(key_dim))
+  keys = min(NARROW if exact else 64, tile_size(key_dim))
   held = keys * pl.cdiv(key_dim, keys)
   room = 2048 if exact else 8192  # numbers of a state that registers hold beside the work
   values = min(64, tile_size(value_dim), max(16, 1 << (room // held).bit_length() - 1))
@@ -138,17 +132,9 @@ def shortage(key_dim: int) -> str | None:
   )
 
 
-def mixed_dtypes(**arrays) -> str | None:
-  """Why arrays of these dtypes are not taken, or None."""
-  dtypes = [str(x.dtype) for x in arrays.values()]
-  if dtypes[0] in DTYPES and len(set(dtypes)) == 1:
-    return None
-  return f"{', '.join(arrays)} are {', '.join(dtypes)}, expected all float32 or all bfloat16"
-
-
-def compiler_params() -> plgpu.CompilerParams:
-  """Four warps are one product of 64 rows on Hopper; eight would hold tiles twice elsewhere."""
-  return plgpu.CompilerParams(num_warps=4, num_stages=2)
+def compiler_params(warps: int) -> plgpu.CompilerParams:
+  """Those of a kernel whose programs have so many warps."""
+  return plgpu.CompilerParams(num_warps=warps, num_stages=2)
 
 
 def _channels(tile, size: int, dim: int):
@@ -278,11 +264,7 @@ class Weights:
   def __init__(self, chunk: Chunk, g):
     """g: [C], zeros beyond the length."""
     self._chunk = chunk
-    # A difference of sums would lose the digits that the larger sum lacks. In two parts it does
-    # not: the one adds and subtracts exactly, the other stays small.
-    g = jnp.maximum(g * LOG2E, STRONGEST)
-    coarse = jnp.floor(g * GRAIN) / GRAIN
-    fine = g - coarse
+    coarse, fine = in_two(to_bits(g))
     total = jnp.sum(coarse), jnp.sum(fine)
     self._sums = coarse, fine = jnp.cumsum(coarse), jnp.cumsum(fine)
     self.read = kept(chunk.reads, jnp.exp2(coarse + fine))
@@ -346,7 +328,7 @@ class Levels:
     return *orient(False), jnp.arange(self.size)
 
   def _logs(self):
-    return jnp.maximum(self._load_g() * LOG2E, STRONGEST)
+    return to_bits(self._load_g())
 
   def _left(self, which):
     return jnp.exp2(add_rows(which, split(self._logs(), self._dtype)))
@@ -428,9 +410,12 @@ def call(
   name: str,
   flops: int,
   exponentials: int = 0,
+  warps: int = 4,
   interpret=False,
 ):
-  """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays, as a GPU does."""
+  """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays, as a GPU does. Four
+  warps are one product of 64 rows on Hopper; eight hold some tiles twice, and the others in half
+  the registers."""
 
   def run(*arrays):
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, out_shape)))
@@ -438,7 +423,7 @@ def call(
       functools.partial(kernel, plan=plan),
       grid=grid,
       out_shape=out_shape,
-      compiler_params=compiler_params(),
+      compiler_params=compiler_params(warps),
       cost_estimate=pl.CostEstimate(
         flops=flops, transcendentals=exponentials, bytes_accessed=moved
       ),
@@ -447,153 +432,3 @@ def call(
     )(*arrays)
 
   return run
-
-
-class State:
-  """The tiles of a state that a walk carries: all of its keys, one tile of values."""
-
-  def __init__(self, plan: Plan, batch, head, tile):
-    self._plan, self._index = plan, (batch, head)
-    self._values = plan.values(tile)
-
-  def load(self, ref) -> tuple:
-    """From [B, H, K, V]; zeros from None."""
-    if ref is None:
-      blocks = self._plan.blocks
-      return (jnp.zeros((blocks.keys, blocks.values), jnp.float32),) * self._plan.key_tiles
-    return tuple(load(ref, *at) for at in self._places())
-
-  def store(self, ref, state, *number) -> None:
-    """To [B, H, K, V], or of a chunk's number to [B, H, N, K, V]."""
-    for part, (index, *masks) in zip(state, self._places(*number), strict=True):
-      store(ref, index, part, *masks)
-
-  def _places(self, *number):
-    columns, columns_exist = self._values
-    for tile in range(self._plan.key_tiles):
-      channels, exist = self._plan.keys(tile)
-      yield (*self._index, *number, channels, columns), exist, columns_exist
-
-
-class Prepared(NamedTuple):
-  """What the chunks are to the state, where there is decay.
-
-  Attributes:
-    pairs: A [B, M, T, C], what each query reads of the keys of its chunk.
-    reading, written: with vector decay, queries [B, M, T, K] as they read the state before the
-      chunk, and keys [B, H, T, K] as they stay in the state after it.
-    read, write: with one decay a token, the factors [B, H, T] that make q and k so.
-    keep: what is left of the state before in the state after: [B, H, N, K], or [B, H, N].
-  """
-
-  pairs: jax.Array
-  reading: jax.Array | None
-  written: jax.Array | None
-  read: jax.Array | None
-  write: jax.Array | None
-  keep: jax.Array
-
-
-def prepare(plan: Plan, q, k, g, documents, *, name: str, dtype, interpret) -> Prepared:
-  """Computes it, for all chunks at once; g: [B, T, H] or [B, T, H, K], dtype: of A."""
-  batch, heads, length, size = plan.batch, plan.heads, plan.length, plan.blocks.chunk
-  rows, vector = batch * plan.most * length, is_vector(g)
-  if vector:
-    plan = plan.with_keys(NARROW)
-  of_state, keys = (batch, heads), (plan.key_dim,) * vector
-  row = None if vector else jax.ShapeDtypeStruct((*of_state, length), jnp.float32)
-  shapes = Prepared(
-    pairs=jax.ShapeDtypeStruct((batch, plan.most, length, size), dtype),
-    reading=jax.ShapeDtypeStruct((batch, plan.most, length, *keys), q.dtype) if vector else None,
-    written=jax.ShapeDtypeStruct((*of_state, length, *keys), q.dtype) if vector else None,
-    read=row,
-    write=row,
-    keep=jax.ShapeDtypeStruct((*of_state, plan.chunks, *keys), jnp.float32),
-  )
-  sizes = size.bit_length() - 1 if vector else 1
-  return call(
-    _vector_pairs_kernel if vector else _pairs_kernel,
-    plan,
-    (plan.chunks, plan.most, batch),
-    shapes,
-    name=name,
-    flops=rows * 2 * size * plan.key_dim * sizes,
-    exponentials=rows * (plan.key_dim * (sizes + 2) if vector else size + 2),
-    interpret=interpret,
-  )(q, k, g, documents)
-
-
-def _pairs_kernel(q_ref, k_ref, g_ref, documents_ref, *prepared_refs, plan: Plan):
-  prepared = Prepared(*prepared_refs)
-  number, user, batch = (pl.program_id(axis) for axis in range(3))
-  chunk = Chunk(plan, documents_ref, batch, number)
-  size, head = plan.blocks.chunk, user // plan.group
-
-  def of_tile(tile, scores):
-    channels, exist = plan.keys(tile)
-    q, k = (
-      load(ref, (batch, chunk.rows, plan.head(ref, user), channels), chunk.exists, exist)
-      for ref in (q_ref, k_ref)
-    )
-    return scores + dot(q, k, (1, 1))
-
-  scores = jnp.zeros((size, size), jnp.float32)
-  scores = jax.lax.fori_loop(0, plan.key_tiles, of_tile, scores)
-  g = load(g_ref, (batch, chunk.rows, plan.head(g_ref, user)), chunk.exists)
-  weights = Weights(chunk, g)
-  index = (batch, user, chunk.rows, pl.ds(0, size))
-  store(prepared.pairs, index, weights.decay(scores), chunk.exists, None)
-  # Queries that share a state have its decay, too, and one of them writes what belongs to it.
-  mine = both(chunk.exists, first_of_state(plan, user))
-  store(prepared.read, (batch, head, chunk.rows), weights.read, mine)
-  store(prepared.write, (batch, head, chunk.rows), weights.write, mine)
-  store(
-    prepared.keep, (batch, head, pl.ds(number, 1)), weights.keep[None], first_of_state(plan, user)
-  )
-
-
-def first_of_state(plan: Plan, user):
-  """[1], whether a query is the first of those that share a state; None where none do."""
-  return None if plan.group == 1 else (user % plan.group == 0)[None]
-
-
-def _vector_pairs_kernel(q_ref, k_ref, g_ref, documents_ref, *prepared_refs, plan: Plan):
-  prepared = Prepared(*prepared_refs)
-  number, user, batch = (pl.program_id(axis) for axis in range(3))
-  chunk = Chunk(plan, documents_ref, batch, number)
-  size, dtype, head = plan.blocks.chunk, q_ref.dtype, user // plan.group
-  row, column = orient(False)
-  token = jnp.arange(size)
-
-  def of_tile(tile, pairs):
-    channels, exist = plan.keys(tile)
-
-    def tile_of(ref):
-      index = (batch, chunk.rows, plan.head(ref, user), channels)
-      return load(ref, index, chunk.exists, exist)
-
-    levels = Levels(size, functools.partial(tile_of, g_ref), dtype)
-    first = first_of_state(plan, user)
-    reading = times(tile_of(q_ref) * levels.until(), chunk.reads, 0)
-    index = (batch, user, chunk.rows, channels)
-    store(prepared.reading, index, reading, chunk.exists, exist)
-    written = times(tile_of(k_ref) * levels.after(), chunk.writes, 0)
-    index = (batch, head, chunk.rows, channels)
-    store(prepared.written, index, written, both(chunk.exists, first), exist)
-    keep = kept(chunk.keeps, levels.total())
-    store(prepared.keep, (batch, head, number, channels), keep, both(exist, first))
-
-    def at_level(level, pairs):
-      decay, second, together = levels.at(level)
-      of_query = jnp.where(second, tile_of(q_ref) * decay, 0).astype(dtype)
-      of_key = jnp.where(second, 0, tile_of(k_ref) * decay).astype(dtype)
-      return pairs + jnp.where(together, dot(of_query, of_key, (1, 1)), 0)
-
-    q, k = (tile_of(ref).astype(jnp.float32) for ref in (q_ref, k_ref))
-    pairs += jnp.where(row(token) == column(token), row(jnp.sum(q * k, axis=1)), 0)
-    return jax.lax.fori_loop(0, levels.count, at_level, pairs)
-
-  pairs = jnp.zeros((size, size), jnp.float32)
-  pairs = jax.lax.fori_loop(0, plan.key_tiles, of_tile, pairs)
-  pairs = jnp.where(chunk.visible(), pairs, 0)
-  store(prepared.pairs, (batch, user, chunk.rows, pl.ds(0, size)), pairs, chunk.exists, None)

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LOG2_E = 1.4426950408889634
-STRONGEST = -128.0  # exp of it is 0 in float32: stronger decays change nothing
-GRAIN = 256.0  # sums of multiples of 1 / 256 are exact up to 65,536 in float32
+from pallas_kernels.chunks import HIDDEN, LOG2E, in_two, to_bits
 
 
 class Blocks(Protocol):
@@ -262,11 +260,8 @@ class ScalarDecays:
     self._chunks = chunks
     if len(g) == 1:  # products with a single row are lowered otherwise, in bfloat16 wrongly
       g = jnp.broadcast_to(g, (8, g.shape[1]))
-    g = jnp.maximum(g, STRONGEST) * LOG2_E
-    summed = [g]
-    if exact:  # multiples of the grain add up exactly, and the rest stays small
-      coarse = jnp.round(g * GRAIN) / GRAIN
-      summed = [coarse, g - coarse]
+    g = to_bits(g)
+    summed = in_two(g) if exact else [g]
     ones = triangle(g.shape[1])
     self._rows = [sum(dot(p, ones, (1, 1)) for p in parts_of(x)) for x in summed]
     self._columns = [sum(dot(ones, p, (1, 1)) for p in parts_of(x)) for x in summed]
@@ -280,7 +275,7 @@ class ScalarDecays:
       c[:, i : i + 1] - r[i : i + 1] for c, r in zip(self._columns, self._rows, strict=True)
     )
     exponent = -exponent if by_key else exponent
-    pairs = jnp.exp2(jnp.where(chunk.visible, exponent, -1e9))  # masked before exp: never above 1
+    pairs = jnp.exp2(jnp.where(chunk.visible, exponent, HIDDEN))  # masked before exp: never above 1
     since, until = self._since[:, i : i + 1], self._until[:, i : i + 1]
     return Decay(since, until, since[-1:], pairs)
 
@@ -325,7 +320,7 @@ class ChannelDecay:
   """
 
   def __init__(self, g):
-    self._until = _eights(g * LOG2_E)  # from the first token of the block, 8 tokens an array
+    self._until = _eights(g * LOG2E)  # from the first token of the block, 8 tokens an array
     self._after = [jnp.zeros_like(x) for x in self._until]  # to the last, without the token itself
     self._exponents = {}
     sublane = _sublanes(g.shape[1])

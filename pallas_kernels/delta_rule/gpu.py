@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_gpu import (
+  NARROWEST,
   Blocks,
   Chunk,
   Levels,
   Plan,
-  Prepared,
-  State,
   Weights,
   add,
   add_rows,
@@ -44,9 +44,7 @@ from pallas_kernels.chunks_gpu import (
   kept,
   load,
   make_plan,
-  mixed_dtypes,
   orient,
-  prepare,
   shortage,
   split,
   store,
@@ -54,7 +52,15 @@ from pallas_kernels.chunks_gpu import (
   sum_shared,
   times,
 )
-from pallas_kernels.linear_attention.gpu import NARROWEST, Seen, scaled, what_walks_read
+from pallas_kernels.walks_gpu import (
+  Prepared,
+  Seen,
+  State,
+  no_decay,
+  prepare,
+  scaled,
+  what_walks_read,
+)
 
 
 def refusal(q, k, v, beta, g=None) -> str | None:
@@ -94,7 +100,7 @@ def forward(
     2412.06464) and Kimi Team 2025 (arXiv 2510.26692), section 3.
   """
   plan = make_plan(q, k, v, blocks)
-  g = _per_token(g, plan)
+  g = no_decay(plan) if g is None else g
   options = {"name": "delta_rule_pairs", "interpret": interpret}
   prepared = prepare(plan, q, k, g, documents, dtype=q.dtype, **options)
   of_keys = prepare(plan, k, k, g, documents, dtype=jnp.float32, **options)
@@ -128,7 +134,7 @@ def backward(
     float32; dS_0: [B, H, K, V] float32.
   """
   plan = make_plan(q, k, v, blocks)
-  rows = _per_token(g, plan)
+  rows = no_decay(plan) if g is None else g
   starts, written, prepared, x, w = starts
   dy = (scale * dy.astype(jnp.float32)).astype(q.dtype)
   dwritten, dends, dfirst = _walk_back(plan, q, k, w, prepared, dy, dstate, interpret)
@@ -138,18 +144,8 @@ def backward(
   states = (starts, dends, written, dy, *solved)
   dq, dk, of_keys, dg = _pull_back(plan, q, k, beta, rows, states, documents, interpret)
   dq, dk, dv = (sum_shared(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
-  if not is_vector(g):
-    dg = dg.sum(axis=0)
-  if g is None or g.ndim == 1:
-    dg = None if g is None else dg.sum(axis=(0, 1))
+  dg = None if g is None else dg if is_vector(g) else dg.sum(axis=0)
   return dq, dk, dv, of_values + of_keys.sum(axis=0), dg, dfirst
-
-
-def _per_token(g, plan: Plan):
-  """g as one decay a token at least; none is 0."""
-  if g is None:
-    g = jnp.zeros(plan.heads, jnp.float32)
-  return jnp.broadcast_to(g, (plan.batch, plan.length, plan.heads)) if g.ndim == 1 else g
 
 
 def _shape(plan: Plan, dim: int, dtype):
@@ -173,6 +169,7 @@ def _solve(plan: Plan, k, v, beta, of_keys: Prepared, interpret):
     [_shape(plan, dim, k.dtype) for dim in (size, plan.value_dim, plan.key_dim)],
     name="delta_rule_solve",
     flops=_rows(plan) * 2 * size * (plan.key_dim + plan.value_dim + 2 * size * 6),
+    warps=8,
     interpret=interpret,
   )(reading, v, beta, given)
 
@@ -207,15 +204,12 @@ def _solve_kernel(k_ref, v_ref, beta_ref, of_keys, x_ref, u_ref, w_ref, *, plan:
 
   def of_channels(tile, done):
     channels, exist = plan.keys(tile)
-    if of_keys.read is None:
-      k, read = load(k_ref, (*own, channels), chunk.exists, exist), load_beta()
-    else:
+    read, index = load_beta(), (*own, channels)
+    if of_keys.read is not None:
+      read *= load(of_keys.read, own, chunk.exists)
       index = (batch, chunk.rows, plan.head(k_ref, head), channels)
-      k, read = (
-        load(k_ref, index, chunk.exists, exist),
-        load_beta() * load(of_keys.read, own, chunk.exists),
-      )
-    store(w_ref, (*own, channels), dot(x, times(k, read, 0).astype(dtype)), chunk.exists, exist)
+    k = times(load(k_ref, index, chunk.exists, exist), read, 0).astype(dtype)
+    store(w_ref, (*own, channels), dot(x, k), chunk.exists, exist)
     return done
 
   jax.lax.fori_loop(0, plan.value_tiles, of_values, 0)
@@ -223,10 +217,8 @@ def _solve_kernel(k_ref, v_ref, beta_ref, of_keys, x_ref, u_ref, w_ref, *, plan:
 
 
 def _erased_tiles(plan: Plan, w_ref, batch, head, chunk: Chunk):
-  return [
-    load(w_ref, (batch, head, chunk.rows, channels), chunk.exists, exist)
-    for channels, exist in map(plan.keys, range(plan.key_tiles))
-  ]
+  for channels, exist in map(plan.keys, range(plan.key_tiles)):
+    yield load(w_ref, (batch, head, chunk.rows, channels), chunk.exists, exist)
 
 
 def _walk(plan: Plan, q, k, u, w, prepared, state, scale, dtype, save, interpret):
@@ -279,9 +271,8 @@ def _walk_kernel(
     if starts_ref is not None:
       tiles.store(starts_ref, state, number)
       store(written_ref, (batch, head, rows, columns), written, exists, exist)
-    queries = seen.queries(0)
-    before = add(dot(q, part) for q, part in zip(queries, parts, strict=True))
-    within = dot(seen.pairs(0, queries).astype(dtype), written.astype(dtype))
+    before = add(dot(q, part) for q, part in zip(seen.queries(0), parts, strict=True))
+    within = dot(seen.pairs(0).astype(dtype), written.astype(dtype))
     y = scale * (times(before, seen.read, 0) + within)
     store(y_ref, (batch, rows, head, columns), y, exists, exist)
     written = times(written, seen.write, 0).astype(dtype)
@@ -337,16 +328,15 @@ def _walk_back_kernel(
     tiles.store(dends_ref, dstate, number)
     dy = load(dy_ref, (batch, rows, head, columns), exists, exist)
     after = add(dot(k, part.astype(dtype)) for k, part in zip(seen.keys, dstate, strict=True))
-    queries = seen.queries(0)
     dwritten = times(after, seen.write, 0)
-    dwritten += dot(seen.pairs(0, queries, by_key=True).astype(dtype), dy)
+    dwritten += dot(seen.pairs(0, by_key=True).astype(dtype), dy)
     dwritten = dwritten.astype(dtype)
     store(dwritten_ref, (batch, head, rows, columns), dwritten, exists, exist)
     dread = times(dy, seen.read, 0).astype(dtype)
     erased = _erased_tiles(plan, w_ref, batch, head, seen.chunk)
     return tuple(
       scaled(part, keep) + dot(q, dread, (0, 0)) - dot(w, dwritten, (0, 0))
-      for part, keep, q, w in zip(dstate, seen.keeps, queries, erased, strict=True)
+      for part, keep, q, w in zip(dstate, seen.keeps, seen.queries(0), erased, strict=True)
     )
 
   dstate = jax.lax.fori_loop(0, plan.chunks, step, tiles.load(dstate_ref))
@@ -449,6 +439,7 @@ def _pull_back(plan: Plan, q, k, beta, g, states, documents, interpret):
     name="delta_rule_backward",
     flops=_rows(plan) * plan.key_dim * (8 * size * levels + 6 * plan.value_dim),
     exponentials=_rows(plan) * (plan.key_dim * (levels + 2) if vector else 2 * size),
+    warps=8 if vector else 4,
     interpret=interpret,
   )(q, k, beta, g, documents, *states)
 
@@ -503,10 +494,11 @@ def _pull_kernel(
   chunk, keys, vector = Chunk(plan, documents_ref, batch, number), plan.keys(tile), is_vector(g_ref)
   rows = _Rows(plan, (q_ref, k_ref, beta_ref, g_ref), chunk, batch, head, keys)
   pull = _pull_vector if vector else _pull_scalar
-  dq, dleft, dright, read, write, keep = pull(plan, rows, dpairs_ref, dm_ref)
+  dq, dleft, dright = pull(plan, rows, dpairs_ref, dm_ref)
   dread, derased, dlast, through = _pull_states(
     plan, (starts_ref, dends_ref, written_ref, dy_ref, right_ref), chunk, batch, head, number, keys
   )
+  read, write, keep = _left(plan, rows)  # not before: it would stand in registers meanwhile
   q, k, beta = rows.tile(q_ref), rows.tile(k_ref), rows.row(beta_ref)
   dq += dread * read
   dleft -= derased * read
@@ -560,20 +552,30 @@ def _pull_states(plan: Plan, refs, chunk: Chunk, batch, head, number, keys):
   return jax.lax.fori_loop(0, plan.value_tiles, of_values, found)
 
 
+def _left(plan: Plan, rows: _Rows):
+  """What is left of the state before the chunk where queries read it, and of keys in the state
+  after it, [C, 1] or [C, K]; and of the state before in the state after, a number or [K]."""
+  if not is_vector(rows.g_ref):
+    weights = Weights(rows.chunk, rows.row(rows.g_ref))
+    return weights.read[:, None], weights.write[:, None], weights.keep
+  levels = Levels(plan.blocks.chunk, lambda: rows.tile(rows.g_ref), rows.q_ref.dtype)
+  read = times(levels.until(), rows.chunk.reads, 0)
+  write = times(levels.after(), rows.chunk.writes, 0)
+  return read, write, kept(rows.chunk.keeps, levels.total())
+
+
 def _pull_scalar(plan: Plan, rows: _Rows, dpairs_ref, dm_ref):
   """What pairs of different tokens give queries, and keys where they erase, before beta, and where
-  they are written; and what is left of the state: read, and written, [C, 1], and kept."""
-  weights = Weights(rows.chunk, rows.row(rows.g_ref))
+  they are written, [C, K] each."""
   q, k = rows.tile(rows.q_ref), rows.tile(rows.k_ref)
   dpairs, dm = apart(rows.pairs(dpairs_ref))[0], rows.pairs(dm_ref)
   writing = times(k, rows.row(rows.beta_ref), 0).astype(q.dtype)
   dright = dot(dpairs, q, (0, 0)) + dot(dm, writing, (0, 0))
-  read, write = weights.read[:, None], weights.write[:, None]
-  return dot(dpairs, k), dot(dm, k), dright, read, write, weights.keep
+  return dot(dpairs, k), dot(dm, k), dright
 
 
 def _pull_vector(plan: Plan, rows: _Rows, dpairs_ref, dm_ref):
-  """As `_pull_scalar`; what is left of the state is [C, K], [C, K] and [K]."""
+  """As `_pull_scalar`."""
   size, dtype = plan.blocks.chunk, rows.q_ref.dtype
   levels = Levels(size, lambda: rows.tile(rows.g_ref), dtype)
 
@@ -593,7 +595,4 @@ def _pull_vector(plan: Plan, rows: _Rows, dpairs_ref, dm_ref):
     return dq, dleft, dright
 
   zeros = jnp.zeros((size, plan.blocks.keys), jnp.float32)
-  found = jax.lax.fori_loop(0, levels.count, at_level, (zeros, zeros, zeros))
-  read = times(levels.until(), rows.chunk.reads, 0)
-  write = times(levels.after(), rows.chunk.writes, 0)
-  return *found, read, write, kept(rows.chunk.keeps, levels.total())
+  return jax.lax.fori_loop(0, levels.count, at_level, (zeros, zeros, zeros))

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_tpu import (
   Windows,
   compiler_params,
@@ -44,7 +45,7 @@ from pallas_kernels.chunks_tpu import (
   where,
 )
 from pallas_kernels.delta_rule.blocks import Blocks, choose_blocks, vmem_limit
-from pallas_kernels.delta_rule.inverse_tpu import (
+from pallas_kernels.delta_rule.tiles_tpu import (
   Gates,
   block_of,
   fold,
@@ -54,14 +55,11 @@ from pallas_kernels.delta_rule.inverse_tpu import (
   unit_lower_inverses,
 )
 
-DTYPES = ("float32", "bfloat16")
-
 
 def refusal(q, k, v, beta, g) -> str | None:
   """Why the kernels cannot run on these arrays, as given to `forward`, or None."""
-  dtypes = [str(x.dtype) for x in (q, k, v)]
-  if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-    return f"q, k, v are {', '.join(dtypes)}, expected all float32 or all bfloat16"
+  if (mixed := mixed_dtypes(q=q, k=k, v=v)) is not None:
+    return mixed
   states = max(k.shape[2], v.shape[2])
   if q.shape[2] > states:
     return f"q has {q.shape[2]} heads and there are {states} states, expected at most as many"

@@ -25,8 +25,7 @@ class Sizes(NamedTuple):
 
   Attributes:
     length: T.   of_rows: heads of q, k and v.   key_dim, value_dim: K, V.   dtype: of q, k and v.
-    decay: None, one log-decay a "token" and head, or a "channel" of keys; one a head is as one a
-      token.
+    decay: None, one log-decay a "token" and head, or a "channel" of keys.
   """
 
   length: int

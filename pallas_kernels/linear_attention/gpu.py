@@ -29,14 +29,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_gpu import (
   NARROW,
+  NARROWEST,
   Blocks,
   Chunk,
   Levels,
   Plan,
-  Prepared,
-  State,
   Weights,
   add,
   add_rows,
@@ -48,9 +48,7 @@ from pallas_kernels.chunks_gpu import (
   kept,
   load,
   make_plan,
-  mixed_dtypes,
   orient,
-  prepare,
   shortage,
   split,
   store,
@@ -58,8 +56,14 @@ from pallas_kernels.chunks_gpu import (
   sum_shared,
   times,
 )
-
-NARROWEST = 16  # channels of a tile of keys beside vector decays and two gradients
+from pallas_kernels.walks_gpu import (
+  Seen,
+  State,
+  no_decay,
+  prepare,
+  scaled,
+  what_walks_read,
+)
 
 
 def refusal(q, k, v, g=None) -> str | None:
@@ -88,8 +92,8 @@ def forward(
   Args:
     q, k: [B, T, heads, K].   v: [B, T, heads, V].   All float32 or all bfloat16. Each has the most
       or the fewest heads of the three; neighbours share a head.
-    g: log-decay <= 0, float32: [H], [B, T, H] or [B, T, H, K]; None is no decay. H is the more of
-      the heads of k and v.
+    g: log-decay <= 0, float32: [B, T, H] or [B, T, H, K]; None is no decay. H is the more of the
+      heads of k and v.
     state: [B, H, K, V] float32, S_0; None means zeros.
     documents: [B, T] int32 or None: the number of each token's document in its row, from 0 and
       never falling; S is cleared where it changes, and S_0 belongs to document 0.
@@ -104,8 +108,7 @@ def forward(
     (arXiv 2312.06635), section 4.
   """
   plan = make_plan(q, k, v, blocks)
-  g = per_token(g, plan, q.dtype)
-  prepared = None
+  g, prepared = _held(g, plan, q.dtype), None
   if g is not None:
     name = "linear_attention_pairs"
     prepared = prepare(plan, q, k, g, documents, name=name, dtype=q.dtype, interpret=interpret)
@@ -142,7 +145,7 @@ def backward(
     dS_0: [B, H, K, V] float32.
   """
   plan = make_plan(q, k, v, blocks)
-  rows = per_token(g, plan, q.dtype)
+  rows = _held(g, plan, q.dtype)
   starts, prepared = starts
   walked = (plan, q, k, v, prepared, documents, dy, dstate)
   dv, dends, dfirst = _walk_back(*walked, scale, interpret)
@@ -151,83 +154,12 @@ def backward(
   if g is None:
     return dq, dk, dv, None, dfirst
   dg = dg.reshape(*rows.shape[:3], plan.group, *rows.shape[3:]).sum(axis=3)
-  return dq, dk, dv, dg.sum(axis=(0, 1)) if g.ndim == 1 else dg, dfirst
+  return dq, dk, dv, dg, dfirst
 
 
-def per_token(g, plan: Plan, dtype):
-  """A constant decay as one for each token: 4 bytes, beside rows of hundreds. No decay stays None,
-  but in float32, whose walks have no registers left for the pair weights, it is 0."""
-  if g is None and dtype == jnp.float32:
-    g = jnp.zeros(plan.heads, jnp.float32)
-  if g is None or g.ndim > 1:
-    return g
-  return jnp.broadcast_to(g, (plan.batch, plan.length, plan.heads))
-
-
-class Seen:
-  """What a walk sees of one chunk, for one state.
-
-  Attributes:
-    chunk: where it is.
-    keys: tiles [C, K], as they stay in the state after the chunk but for `write`.
-    read, write: [C] factors of what is read from the state before the chunk, and of what is written
-      to the state after it; None means one.
-    keeps: for each tile of keys, what is left of the state before in the state after: a number, [K]
-      or None, which is all.
-  """
-
-  def __init__(self, plan: Plan, q_ref, k_ref, prepared, documents_ref, batch, head, number):
-    self._plan, self._batch, self._head = plan, batch, head
-    self._q_ref, self._prepared = q_ref, prepared
-    self.chunk = chunk = Chunk(plan, documents_ref, batch, number)
-    self.keys = self._tiles(k_ref, head, head * plan.group)
-    if prepared is None:
-      self.read, self.write, keep = (
-        None if mask is None else mask.astype(jnp.float32)
-        for mask in (chunk.reads, chunk.writes, chunk.keeps)
-      )
-      self.keeps = [keep] * plan.key_tiles
-    elif prepared.read is None:
-      self.read = self.write = None
-      index = (batch, head, number)
-      self.keeps = [
-        load(prepared.keep, (*index, channels), exist)
-        for channels, exist in map(plan.keys, range(plan.key_tiles))
-      ]
-    else:
-      index = (batch, head, chunk.rows)
-      self.read, self.write = (
-        load(ref, index, chunk.exists) for ref in (prepared.read, prepared.write)
-      )
-      self.keeps = [prepared.keep[batch, head, number]] * plan.key_tiles
-
-  def _tiles(self, ref, own, user):
-    """Of q or k. Decayed for each channel they are head-major, and head `own` is meant."""
-    index = (self.chunk.rows, self._plan.head(ref, user))
-    if self._prepared is not None and self._prepared.read is None:
-      index = (own, self.chunk.rows)
-    return [
-      load(ref, (self._batch, *index, channels), self.chunk.exists, exist)
-      for channels, exist in map(self._plan.keys, range(self._plan.key_tiles))
-    ]
-
-  def queries(self, query):
-    """Tiles [C, K] of one of the state's queries, as they read the state before the chunk but for
-    `read`."""
-    user = self._head * self._plan.group + query
-    return self._tiles(self._q_ref, user, user)
-
-  def pairs(self, query, queries, *, by_key: bool = False):
-    """[C, C], what queries (rows) read of keys; the other way round with `by_key`."""
-    size = self._plan.blocks.chunk
-    if self._prepared is not None:
-      user = self._head * self._plan.group + query
-      index = (self._batch, user, self.chunk.rows, pl.ds(0, size))
-      pairs = load(self._prepared.pairs, index, self.chunk.exists, None)
-      return pairs.T if by_key else pairs
-    sides = (self.keys, queries) if by_key else (queries, self.keys)
-    scores = add(dot(a, b, (1, 1)) for a, b in zip(*sides, strict=True))
-    return jnp.where(self.chunk.visible(by_key=by_key), scores, 0)
+def _held(g, plan: Plan, dtype):
+  """g; in float32, whose walks have no registers left for the pair weights, zeros for none."""
+  return no_decay(plan) if g is None and dtype == jnp.float32 else g
 
 
 def _walk(plan: Plan, q, k, v, prepared, documents, state, scale, dtype, save, interpret):
@@ -277,10 +209,9 @@ def _walk_kernel(
     v = load(v_ref, index, exists, columns_exist)
 
     def of_query(query, done):
-      queries = seen.queries(query)
-      before = add(dot(q, part.astype(dtype)) for q, part in zip(queries, state, strict=True))
-      before = times(before, seen.read, 0)
-      y = scale * (before + dot(seen.pairs(query, queries).astype(dtype), v))
+      parts = zip(seen.queries(query), state, strict=True)
+      before = times(add(dot(q, part.astype(dtype)) for q, part in parts), seen.read, 0)
+      y = scale * (before + dot(seen.pairs(query).astype(dtype), v))
       index = (batch, rows, head * plan.group + query, columns)
       store(y_ref, index, y, exists, columns_exist)
       return done
@@ -294,20 +225,6 @@ def _walk_kernel(
 
   state = jax.lax.fori_loop(0, plan.chunks, step, tiles.load(state_ref))
   tiles.store(last_ref, state)
-
-
-def what_walks_read(q, k, prepared: Prepared | None, documents):
-  """What a walk reads for q, k, the rest of what is prepared, and documents."""
-  if prepared is None:
-    return q, k, None, documents
-  if prepared.reading is not None:
-    q, k = prepared.reading, prepared.written
-  return q, k, prepared._replace(reading=None, written=None), None
-
-
-def scaled(state, keep):
-  """A tile of the state times what is left of it: a number, [K] or None."""
-  return times(state, keep, 0) if keep is None or keep.ndim else state * keep
 
 
 def _walk_back(plan: Plan, q, k, v, prepared, documents, dy, dstate, scale, interpret):
@@ -358,13 +275,12 @@ def _walk_back_kernel(
 
     def of_query(query, carry):
       dv, read = carry
-      queries = seen.queries(query)
       index = (batch, rows, head * plan.group + query, columns)
       dy = scale * load(dy_ref, index, exists, columns_exist).astype(jnp.float32)
-      pairs = seen.pairs(query, queries, by_key=True).astype(dtype)
-      dv += dot(pairs, dy.astype(dtype))
+      dv += dot(seen.pairs(query, by_key=True).astype(dtype), dy.astype(dtype))
       dread = times(dy, seen.read, 0).astype(dtype)
-      read = tuple(part + dot(q, dread, (0, 0)) for part, q in zip(read, queries, strict=True))
+      parts = zip(read, seen.queries(query), strict=True)
+      read = tuple(part + dot(q, dread, (0, 0)) for part, q in parts)
       return dv, read
 
     dstate = tuple(scaled(part, keep) for part, keep in zip(dstate, seen.keeps, strict=True))
@@ -378,7 +294,7 @@ def _walk_back_kernel(
 
 def _pull_back(plan: Plan, q, k, v, g, starts, dends, documents, dy, scale, interpret):
   """dq, dk, and dg [B, T, M] or [B, T, M, K]: a head for each user."""
-  plan = plan.with_keys(NARROW)
+  plan = plan.with_keys(NARROW if q.dtype == jnp.bfloat16 else NARROWEST)
   rows, size = plan.batch * plan.most * plan.length, plan.blocks.chunk
   of_rows = [gradient_of(q, plan.most), gradient_of(k, plan.most)]
   if g is not None:

@@ -14,8 +14,6 @@ the state before each chunk is kept, b K V / C. Backward: b (4 K + 3 V), 8 or 8 
 those states. Flops: forward 2 C (K + V) + 4 K V; backward, 2 C (3 K + 2 V) + 10 K V. Decays of
 channels multiply the products of C x C by the sizes at which pairs of tokens meet, log2(C).
 
-One log-decay a head is one a token that does not change: 4 bytes of a token's 8 K or more.
-
 How a chunk reads, writes and passes on the state stands in `_TokenDecay` and `_ChannelDecay` alone.
 The latter holds states transposed, [V, K], so that decays of channels lie along the lanes.
 """
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chunks import mixed_dtypes
 from pallas_kernels.chunks_tpu import (
   ChannelDecay,
   Chunk,
@@ -52,15 +51,12 @@ from pallas_kernels.chunks_tpu import (
 )
 from pallas_kernels.linear_attention.blocks import Blocks, Sizes, choose_blocks, vmem_limit
 
-DTYPES = ("float32", "bfloat16")
-
 
 def refusal(q, k, v, g=None) -> str | None:
   """Why the kernels cannot run on q [B, T, heads, K], k [B, T, heads, K], v [B, T, heads, V] and g
-  ([H], [B, T, H], [B, T, H, K] or None), or None."""
-  dtypes = [str(x.dtype) for x in (q, k, v)]
-  if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-    return f"q, k, v are {', '.join(dtypes)}, expected all float32 or all bfloat16"
+  ([B, T, H], [B, T, H, K] or None), or None."""
+  if (mixed := mixed_dtypes(q=q, k=k, v=v)) is not None:
+    return mixed
   try:
     choose_blocks(Sizes.of(q, k, v, g))
   except ValueError as error:
@@ -90,11 +86,10 @@ def forward(
     q: [B, T, heads, K].   k: [B, T, heads, K].   v: [B, T, heads, V].   All float32 or all
       bfloat16. Those with fewer heads have the same number, a divisor of the others', and
       neighbours share a head. There are H states, the more of the heads of k and v.
-    g: log-decays, float32 and <= 0: [H], [B, T, H] or [B, T, H, K]; None means no decay.
+    g: log-decays, float32 and <= 0: [B, T, H] or [B, T, H, K]; None means no decay.
     state: [B, H, K, V] float32, S_0; None means zeros.
     documents: [B, T] int32 or None: the number of each token's document in its row, from 0 and
-      never falling; S is cleared where it changes, and S_0 belongs to document 0. g is then not
-      [H]: where rows are padded, padding must not decay.
+      never falling; S is cleared where it changes, and S_0 belongs to document 0.
     scale: multiplies q.   dtype: of y.
     save: also return the states that `backward` wants.
     blocks: None chooses.   interpret: run the kernel's program on the CPU.
@@ -208,7 +203,6 @@ def backward(
     (dg,) = head_major(dg)
   elif g is not None:
     dg = join_scalars(dg, blocks, sizes.length)
-    dg = dg.sum((0, 1)) if g.ndim == 1 else dg
   return *head_major(dq, dk, dv), dg, dstate
 
 
@@ -219,8 +213,6 @@ def _head_major_rows(q, k, v, g, blocks: Blocks, at: Windows):
     return q, k, v, None
   if g.ndim == 4:
     return q, k, v, *head_major(g)
-  if g.ndim == 1:
-    g = jnp.broadcast_to(g, (q.shape[0], q.shape[2], g.shape[0]))
   return q, k, v, cut_scalars(g, blocks, at.held(g.shape[2]))
 
 

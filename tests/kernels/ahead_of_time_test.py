@@ -3,16 +3,8 @@ kernels."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import re
-import subprocess
-import sys
-
 import pytest
 
-# Runs in a process of its own: libtpu reads its settings once, and takes no part in any other test.
 PROGRAM = """
 import functools, json
 import jax, jax.numpy as jnp
@@ -54,23 +46,11 @@ print("RESULT", json.dumps({
 
 
 @pytest.fixture(scope="module")
-def compiled(repository) -> dict:
+def compiled(compile_for_tpus) -> dict:
   """What the compiler says of a hybrid of both mixers, in bfloat16, rematerialised, cut three ways
   over v5e:2x4."""
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed: pip install 'jaxmix[tpu]' to compile for TPUs from here")
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  environment |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "PYTHONPATH": str(repository),
-  }
-  run = subprocess.run(
-    [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600
-  )
-  assert run.returncode == 0, run.stderr[-4000:]
-  return json.loads(re.search("^RESULT (.*)$", run.stdout, re.MULTILINE)[1])
+  (found,) = compile_for_tpus(PROGRAM)
+  return found
 
 
 def test_kernel_is_present(compiled):

@@ -1,5 +1,5 @@
-"""Pairs of tokens inside a TPU kernel of the delta rule: their weights under decay, and the inverse
-of what couples them.
+"""Tiles of tokens inside a TPU kernel of the delta rule: what the tokens see and keep, the weights
+of their pairs under decay with the gradients, and the inverse of what couples the keys.
 
 A tile is L tokens of one head, in chunks of C. The matrices [C, C] of its chunks lie side by side
 along the lanes, [C, L], as many as make a row of 128: half of each register would stay empty
@@ -28,10 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chunks import HIDDEN, in_two, to_bits
 from pallas_kernels.chunks_tpu import (
-  GRAIN,
-  LOG2_E,
-  STRONGEST,
   ChannelDecay,
   dot,
   meeting_size,
@@ -40,7 +38,6 @@ from pallas_kernels.chunks_tpu import (
 )
 from pallas_kernels.delta_rule.blocks import Blocks
 
-MASKED = -1e9  # an exponent whose power of two is 0
 ROWS = 8  # of the blocks inverted by substitution: those of a register
 
 
@@ -222,7 +219,7 @@ class RowDecay:
     if columns:
       exponent = sum(spread(c, size) - r for r, c in zip(rows, columns, strict=True))
       exponent = -exponent if by_key else exponent
-      self._pairs = jnp.exp2(jnp.where(masks.visible, exponent, MASKED))
+      self._pairs = jnp.exp2(jnp.where(masks.visible, exponent, HIDDEN))
     self._size = size
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, masks.visible.shape, i) for i in (0, 1))
     self._strict = row != place_in(lane, size)
@@ -326,8 +323,6 @@ class ChannelsDecay:
       weights = jnp.concatenate([x for x in (weights[:i], inner, weights[i + count :]) if len(x)])
     return weights
 
-    return weights
-
   def pull(self, q, k, dscores, dcoupling, beta):
     """dq, and the gradients of k; see `RowDecay`."""
     size, dtype = self._size, q.dtype
@@ -382,11 +377,8 @@ class Gates:
     self._beta_columns = sum(dot(one, part, (1, 1)) for part in parts_of(self._beta))
     self._rows = self._columns = ()
     if g_ref is not None and len(g_ref.shape) == 5:
-      g = jnp.maximum(_rows_of(g_ref), STRONGEST) * LOG2_E
-      summed = [g]
-      if exact:  # multiples of the grain add up exactly, and the rest stays small
-        coarse = jnp.round(g * GRAIN) / GRAIN
-        summed = [coarse, g - coarse]
+      g = to_bits(_rows_of(g_ref))
+      summed = in_two(g) if exact else [g]
       self._rows = [sum(dot(p, self.triangle, (1, 1)) for p in parts_of(x)) for x in summed]
       self._columns = [sum(dot(self.triangle, p, (1, 1)) for p in parts_of(x)) for x in summed]
     self._masks = [
