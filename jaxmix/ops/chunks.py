@@ -106,13 +106,13 @@ def _by_platform(run, rows: Rows, chunk_size: int, arrays):
 def _forward(rows: Rows, state, documents, *, scale: float, chunk_size: int, count: int):
   """`forward` in spans of `count` chunks."""
   dtype, length, size = rows.v.dtype, rows.q.shape[1], count * chunk_size
-  arrays = _padded(rows, documents, size)
+  padded, documents = _pad_rows(rows, size), _pad_documents(documents, size)
 
   def step(state, start):
-    prepared = _prepare(dtype, chunk_size, *_span(*arrays, start, size))
-    starts, state = _states(prepared, state, dtype)
-    y, _ = _finish(dtype, scale, prepared, starts)
-    return state, (_join(y), jnp.moveaxis(starts, 3, 0))
+    prepared = _prepare(dtype, chunk_size, *_span(padded, documents, start, size))
+    before, state = _states(prepared, state, dtype)
+    y, _ = _finish(dtype, scale, prepared, before)
+    return state, (_join(y), jnp.moveaxis(before, 3, 0))
 
   state, (y, starts) = _walk(step, _split_heads(state, rows.fewest), length, size)
   starts = starts.reshape(-1, *starts.shape[2:])[: -(-length // chunk_size)]
@@ -124,21 +124,20 @@ def _backward(
 ):
   """`backward` in spans of `count` chunks."""
   dtype, length, size = rows.v.dtype, rows.q.shape[1], count * chunk_size
-  arrays, dy = _padded(rows, documents, size), _pad(dy, 1, size)
-  starts, fewest = _pad(starts, 0, count), rows.fewest
+  padded, documents = _pad_rows((rows, dy), size), _pad_documents(documents, size)
+  starts = _pad(starts, 0, count)
 
   def step(dstate, start):
-    span, documents = _span(*arrays, start, size)
-    starts_ = jax.lax.dynamic_slice_in_dim(starts, start // chunk_size, count)
-    starts_ = jnp.moveaxis(starts_, 0, 3)
-    prepared, pull = jax.vjp(lambda rows: _prepare(dtype, chunk_size, rows, documents), span)
-    dy_ = jax.lax.dynamic_slice_in_dim(dy, start, size, axis=1).astype(starts.dtype)
-    dy_ = _cut(dy_, fewest, chunk_size)
-    dends, dstate = _state_cotangents(dtype, scale, prepared, dy_, dstate, starts_.shape)
-    _, finished = jax.vjp(lambda prepared: _finish(dtype, scale, prepared, starts_), prepared)
-    return dstate, *pull(*finished((dy_, dends)))
+    (span, dspan), seen = _span(padded, documents, start, size)
+    before = jax.lax.dynamic_slice_in_dim(starts, start // chunk_size, count)
+    before = jnp.moveaxis(before, 0, 3)
+    prepared, pull = jax.vjp(lambda span: _prepare(dtype, chunk_size, span, seen), span)
+    dread = _cut(dspan.astype(before.dtype), rows.fewest, chunk_size)
+    dafter, dstate = _state_cotangents(dtype, scale, prepared, dread, dstate, before.shape)
+    _, finished = jax.vjp(lambda prepared: _finish(dtype, scale, prepared, before), prepared)
+    return dstate, *pull(*finished((dread, dafter)))
 
-  dstate, drows = _walk(step, _split_heads(dstate, fewest), length, size, reverse=True)
+  dstate, drows = _walk(step, _split_heads(dstate, rows.fewest), length, size, reverse=True)
   return jax.tree.map(lambda x: _whole(x, length), drows), _join_heads(dstate)
 
 
@@ -151,13 +150,16 @@ def _walk(step, carry, length: int, size: int, *, reverse: bool = False):
   return carry, jax.tree.map(lambda x: x[None], result)
 
 
-def _padded(rows: Rows, documents, size: int):
-  """Rows and documents as `_span` takes them, for spans of `size` tokens."""
-  rows = jax.tree.map(lambda x: _pad(x, 1, size), rows)
+def _pad_rows(rows, size: int):
+  """Arrays [B, T, ...] with T made a multiple of `size`, by zeros."""
+  return jax.tree.map(lambda x: _pad(x, 1, size), rows)
+
+
+def _pad_documents(documents, size: int):
+  """The document of each token behind that of the state given, which is 0; None stays None."""
   if documents is None:
-    return rows, None
-  # The state given belongs to document 0.
-  return rows, jnp.pad(_pad(documents, 1, size, mode="edge"), ((0, 0), (1, 0)))
+    return None
+  return jnp.pad(_pad(documents, 1, size, mode="edge"), ((0, 0), (1, 0)))
 
 
 def _pad(x, axis: int, size: int, **options):
@@ -167,7 +169,7 @@ def _pad(x, axis: int, size: int, **options):
   return jnp.pad(x, widths, **options)
 
 
-def _span(rows: Rows, documents, start, size: int):
+def _span(rows, documents, start, size: int):
   """Rows [B, size, ...] from token `start` on, and documents [B, 1 + size] or None, first that of
   the token before."""
 
