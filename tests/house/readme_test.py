@@ -27,8 +27,14 @@ def blocks(repository):
 
 @pytest.fixture(scope="module")
 def commands(blocks):
-  """Every command of the README as a list of words."""
+  """Every command of the README as a list of words, loops turn by turn."""
   text = "".join(blocks["bash"]).replace("\\\n", " ")
+
+  def turns(loop):
+    name, words, body = loop.groups()
+    return "".join(re.sub(rf"\${{?{name}}}?", word, body) for word in words.split())
+
+  text = re.sub(r"^for (\w+) in ([^;]+); do\n(.*?)^done$", turns, text, flags=re.M | re.S)
   lines = (shlex.split(line, comments=True) for line in text.splitlines())
   return [line for line in lines if line]
 
