@@ -315,55 +315,86 @@ class ChannelDecay:
     g: [C, K] float32, C a power of two from 8 on.
 
   Attributes:
-    whole: [1, K], decay over the chunk.
-    halves: 1, 2, 4, ..., C / 2.
+    halves: 1, 2, 4, ..., C / 2.   blocks: that it was joined from.
   """
 
   def __init__(self, g):
     self._until = _eights(g * LOG2E)  # from the first token of the block, 8 tokens an array
     self._after = [jnp.zeros_like(x) for x in self._until]  # to the last, without the token itself
-    self._exponents = {}
-    sublane = _sublanes(g.shape[1])
-    for half in (1, 2, 4):
-      later = sublane & half != 0
-      self._exponents[half] = [
-        jnp.where(later, u, a) for u, a in zip(self._until, self._after, strict=True)
-      ]
-      for i, until in enumerate(self._until):
-        total = _other_total(until, half)
-        self._until[i] = until + where(later, total)
-        self._after[i] = self._after[i] + where(~later, total)
-    totals = [jnp.broadcast_to(x[7:], x.shape) for x in self._until]
-    for half in self._doubled(1, len(totals)):
-      self._exponents[8 * half] = [
-        u if i & half else a for i, (u, a) in enumerate(zip(self._until, self._after, strict=True))
-      ]
-      for first in range(0, len(totals), 2 * half):
-        earlier, later = totals[first], totals[first + half]
-        for i in range(first, first + half):
-          self._after[i] = self._after[i] + later
-          self._until[i + half] = self._until[i + half] + earlier
-          totals[i] = totals[i + half] = earlier + later
-    self.whole = jnp.exp2(totals[0][:1])
-    self.halves = tuple(self._exponents)
+    self._exponents, self.blocks = {}, []
+    self.halves = tuple(1 << i for i in range(len(g).bit_length() - 1))
 
-  @staticmethod
-  def _doubled(first: int, stop: int) -> list[int]:
-    return [first << i for i in range(stop.bit_length()) if first << i < stop]
+  @classmethod
+  def joined(cls, blocks: list[ChannelDecay]) -> ChannelDecay:
+    """Of a chunk, from those of its blocks: what is wanted of one block can be asked for before the
+    next is begun."""
+    chunk = cls.__new__(cls)
+    chunk.blocks = blocks
+    chunk._until, chunk._after, chunk._exponents = [], [], {}
+    size = 2 * blocks[0].halves[-1] * len(blocks)
+    chunk.halves = tuple(1 << i for i in range(size.bit_length() - 1))
+    return chunk
+
+  def _reach(self, half: int):
+    """Doubles the blocks until their halves are so large: no earlier than the first use, as what
+    waits for it would be kept in memory."""
+    if self.blocks and not self._exponents:
+      inner = self.blocks[0].halves
+      for block in self.blocks:
+        block._reach(inner[-1])
+        self._until += block._until
+        self._after += block._after
+      self._exponents = {h: [x for b in self.blocks for x in b._exponents[h]] for h in inner}
+    for size in self.halves[len(self._exponents) :]:
+      if size > half:
+        return
+      self._double(size)
+
+  def _double(self, half: int):
+    until, after = self._until, self._after
+    if half < 8:
+      later = _sublanes(until[0].shape[1]) & half != 0
+      self._exponents[half] = []
+      for i, (u, a) in enumerate(zip(until, after, strict=True)):
+        inner = jnp.where(later, u, a)
+        outer = inner + _other_total(u, half)
+        until[i], after[i] = jnp.where(later, outer, u), jnp.where(later, a, outer)
+        self._exponents[half].append(inner)
+      return
+    half //= 8
+    self._exponents[8 * half] = [
+      u if i & half else a for i, (u, a) in enumerate(zip(until, after, strict=True))
+    ]
+    for first in range(0, len(until), 2 * half):
+      earlier, later = (
+        jnp.broadcast_to(until[i + half - 1][7:], until[i].shape) for i in (first, first + half)
+      )
+      for i in range(first, first + half):
+        after[i] = after[i] + later
+        until[i + half] = until[i + half] + earlier
+
+  @property
+  def whole(self):
+    """[1, K], decay over the chunk."""
+    self._reach(self.halves[-1])
+    return jnp.exp2(self._until[-1][7:])
 
   @property
   def since(self):
     """[C, K], from the start of the chunk to each token: its share of the state before."""
+    self._reach(self.halves[-1])
     return jnp.exp2(jnp.concatenate(self._until))
 
   @property
   def until(self):
     """[C, K], from each token to the end of the chunk: its share of the state after."""
+    self._reach(self.halves[-1])
     return jnp.exp2(jnp.concatenate(self._after))
 
   def factor(self, half: int):
     """[C, K], in blocks of two halves: of a later token from the boundary on, of an earlier one to
     the boundary."""
+    self._reach(half)
     return jnp.exp2(jnp.concatenate(self._exponents[half]))
 
   def weights(self, q, k, meeting, dtype):

@@ -82,6 +82,24 @@ def choose_blocks(
   raise ValueError(_shortage(group, key_dim, value_dim, dtype, decay, _usable(vmem)))
 
 
+def forward_blocks(
+  blocks: Blocks, heads: int, key_dim: int, value_dim: int, dtype, decay: str | None
+) -> Blocks:
+  """The blocks of the forward kernel. Where channels decay it weighs pairs in a loop over heads, so
+  that it can have twice as many in the steps that wait for one another."""
+  twice = dataclasses.replace(blocks, heads=2 * blocks.heads)
+  if decay != "channel" or heads % twice.heads:
+    return blocks
+  fits = vmem_bytes(twice, key_dim, value_dim, dtype, decay) <= _usable(_vmem())
+  return twice if fits else blocks
+
+
+def heads_together(blocks: Blocks) -> int:
+  """How many heads weigh their pairs at a time: on chips whose matrix units answer late, two."""
+  late = pltpu.is_tpu_device() and pltpu.get_tpu_info().generation >= 6
+  return 2 if late and blocks.heads % 2 == 0 else 1
+
+
 def vmem_bytes(blocks: Blocks, key_dim: int, value_dim: int, dtype, decay: str | None) -> int:
   """Bytes of VMEM that the backward kernel, the larger of the two, holds at once: an estimate from
   above.

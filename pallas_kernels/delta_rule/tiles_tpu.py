@@ -21,7 +21,9 @@ zeros.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chunks import HIDDEN, in_two, to_bits
 from pallas_kernels.chunks_tpu import (
   ChannelDecay,
+  alternate,
   dot,
   meeting_size,
   parts_of,
@@ -154,6 +157,18 @@ def spread(column, size: int):
   return fold(jnp.broadcast_to(column, (column.shape[0],) * 2), size)
 
 
+def shifted(x, by: int):
+  """[L, K]: rows moved down by a power of two, or up if it is negative, within their eight or, from
+  8 on, within their block of twice as many; what leaves it comes in at the other end."""
+  if (half := abs(by)) < 8:
+    return jnp.concatenate([pltpu.roll(x[i : i + 8], by % 8, 0) for i in range(0, len(x), 8)])
+  return jnp.concatenate([x[i ^ half : (i ^ half) + half] for i in range(0, len(x), half)])
+
+
+def _row_sums(x):
+  return jnp.sum(x, axis=1, keepdims=True)
+
+
 def last_rows(x, size: int):
   """Of each chunk of rows the last, on all of them."""
   rows = (x[i + size - 1 : i + size] for i in range(0, x.shape[0], size))
@@ -268,46 +283,168 @@ class RowDecay:
     return jnp.sum(terms, axis=1, keepdims=True) + jnp.concatenate(dstates)
 
 
+class Room(NamedTuple):
+  """Memory for what one head of a tile wants to know where each channel decays.
+
+  Attributes:
+    operands: [2 * sizes + 3, L, K], for each size at which tokens meet in a product its two
+      operands; then k and q times the decay since the start of their chunk, k until its end.
+    weights: [2, C, L] float32, of q and k, and of k and k.
+    whole: [8 * L / C, K] float32, the decay over a chunk in eight rows.
+  """
+
+  operands: jax.Array
+  weights: jax.Array
+  whole: jax.Array
+
+  def chunk(self, m: int, size: int):
+    """What the walk wants of a chunk: k since, q since, k until: [C, K]; whole: [K, 1]."""
+    rows, count = pl.ds(m * size, size), self.operands.shape[0]
+    operands = [self.operands[i, rows] for i in range(count - 3, count)]
+    return *operands, self.whole[pl.ds(8 * m, 8)].T[:, :1]
+
+
+def rooms(blocks: Blocks, key_dim: int, dtype):
+  """The memory of a `Room` for each head."""
+  heads, size, width = blocks.heads, blocks.chunk, blocks.tile
+  shapes = ((2 * len(_products(size)) + 3, width, key_dim), (2, size, width))
+  return [
+    pltpu.VMEM((heads, *shapes[0]), dtype),
+    pltpu.VMEM((heads, *shapes[1]), jnp.float32),
+    pltpu.VMEM((heads, 8 * (width // size), key_dim), jnp.float32),
+  ]
+
+
+def _products(size: int) -> list[int]:
+  """The halves of blocks whose pairs `ChannelsDecay.meet` takes from products."""
+  return [1 << i for i in range(1, size.bit_length() - 1)]
+
+
 class ChannelsDecay:
   """The same where each token has one for each channel: since, until [L, K], whole [K, 1]."""
 
-  def __init__(self, masks: Masks, size: int, g, *, by_key: bool):
-    self._chunks = [ChannelDecay(g[i : i + size]) for i in range(0, len(g), size)]
-    self._size, self._by_key = size, by_key
-    self.since = where(masks.reads, jnp.concatenate([c.since for c in self._chunks]))
-    self.until = where(masks.writes, jnp.concatenate([c.until for c in self._chunks]))
-    self.whole = [
-      where(keep, jnp.broadcast_to(c.whole, (8, g.shape[1])).T[:, :1])
-      for keep, c in zip(masks.keeps, self._chunks, strict=True)
+  def __init__(self, masks: Masks, size: int, g):
+    self._step = min(16, size)
+    self._chunks = [
+      ChannelDecay.joined(
+        [ChannelDecay(g[j : j + self._step]) for j in range(i, i + size, self._step)]
+      )
+      for i in range(0, len(g), size)
     ]
+    self._size, self._masks = size, masks
     meeting = fold(meeting_size(len(g)), size)
     self._meeting = jnp.where(masks.visible, meeting, -1)
+
+  @functools.cached_property
+  def since(self):
+    """[L, K], from the start of its chunk to each token: its share of the state before."""
+    return where(self._masks.reads, jnp.concatenate([c.since for c in self._chunks]))
+
+  @functools.cached_property
+  def until(self):
+    """[L, K], from each token to the end of its chunk: its share of the state after."""
+    return where(self._masks.writes, jnp.concatenate([c.until for c in self._chunks]))
+
+  @functools.cached_property
+  def whole(self):
+    """For each chunk [K, 1], over all of it."""
+    return [
+      where(keep, jnp.broadcast_to(c.whole, (8, c.whole.shape[1])).T[:, :1])
+      for keep, c in zip(self._masks.keeps, self._chunks, strict=True)
+    ]
 
   def _factor(self, half: int):
     return jnp.concatenate([chunk.factor(half) for chunk in self._chunks])
 
   def weights(self, lefts, right):
-    """sum_k left_rk right_sk times the decay between r and s: [C, L] for each of `lefts` [L, K]."""
+    """As of `RowDecay`, of one left and by key."""
     size, width = self._size, len(right)
-    products = [dot(x, right, (1, 1)) for x in lefts]
-    yield
-    weights = [where(self._meeting == 0, fold(x, size)) for x in products]
+    (left,) = lefts
+    own, x = (y.astype(jnp.float32) for y in (right, left))
+    weights = where(self._meeting == 0, spread(_row_sums(x * own), size))
     for half in self._chunks[0].halves:
       factor = self._factor(half)
-      scaled = (factor * right.astype(jnp.float32)).astype(right.dtype)
+      scaled = (factor * own).astype(right.dtype)
       # Where halves are whole tiles of rows, only those that meet others are needed.
       step = half if half >= 8 else width
-      starts = range(0 if self._by_key or step == width else half, width, 2 * step)
-      rows = [
-        factor[i : i + step] * x[i : i + step].astype(jnp.float32) for x in lefts for i in starts
-      ]
+      starts = range(0, width, 2 * step)
+      rows = [factor[i : i + step] * x[i : i + step] for i in starts]
       products = dot(jnp.concatenate(rows).astype(right.dtype), scaled, (1, 1))
       yield
-      for n in range(len(weights)):
-        for j, start in enumerate(starts):
-          at = (n * len(starts) + j) * step
-          weights[n] = self._meet(weights[n], products[at : at + step], start, half)
-    return weights
+      for j, start in enumerate(starts):
+        weights = self._meet(weights, products[j * step : (j + 1) * step], start, half)
+    return [weights]
+
+  def stage(self, q, k, room):
+    """Puts into a room what `meet` wants, and the walk through the states.
+
+    Of a product's rows, those of later tokens are q, those of earlier tokens the k that stand a
+    half later: either is wanted for later tokens only. Tokens meet themselves and the one before
+    them in sums over lanes, of which the lane unit has many to spare, instead of products.
+    """
+    size, step, width = self._size, self._step, len(k)
+    of_chunk = block_of(jax.lax.broadcasted_iota(jnp.int32, (8, width), 1), size)
+    weights = [[jnp.zeros((8, width), jnp.float32)] * (size // 8) for _ in range(2)]
+
+    def scale(first, q, k, factor, half):
+      fq, fk = factor * q, factor * k
+      rows, at = pl.ds(first, len(q)), 2 * _products(size).index(half)
+      room.operands[at, rows] = alternate(fq, shifted(fk, -half), half).astype(dtype)
+      room.operands[at + 1, rows] = fk.astype(dtype)
+
+    dtype = room.operands.dtype
+    for m, chunk in enumerate(self._chunks):
+      inside = [x[m * size : (m + 1) * size].astype(jnp.float32) for x in (q, k)]
+      for i, block in enumerate(chunk.blocks):
+        q_of, k_of = (x[i * step : (i + 1) * step] for x in inside)
+        before = block.factor(1) * shifted(k_of, 1)
+        own, *near = (_row_sums(x) for x in (q_of * k_of, q_of * before, k_of * before))
+        for j in range(step // 8):
+          r, here = i * step // 8 + j, slice(8 * j, 8 * j + 8)
+          meeting = jnp.where(of_chunk == m, self._eights()[r], -1)
+          for w, x in zip(weights, near, strict=True):
+            w[r] = jnp.where(meeting == 1, x[here], w[r])
+          weights[0][r] = jnp.where(meeting == 0, own[here], weights[0][r])
+        for half in block.halves[1:]:
+          scale(m * size + i * step, q_of, k_of, block.factor(half), half)
+        yield
+      for half in chunk.halves[len(block.halves) :]:
+        scale(m * size, *inside, chunk.factor(half), half)
+      rows = pl.ds(m * size, size)
+      reads, writes = (
+        None if x is None else x[m * size : (m + 1) * size]
+        for x in (self._masks.reads, self._masks.writes)
+      )
+      since, until = where(reads, chunk.since), where(writes, chunk.until)
+      for n, x in enumerate((since * inside[1], since * inside[0], until * inside[1])):
+        room.operands[2 * len(_products(size)) + n, rows] = x.astype(dtype)
+      room.whole[pl.ds(8 * m, 8)] = jnp.broadcast_to(chunk.whole, (8, k.shape[1]))
+      yield
+    for n, w in enumerate(weights):
+      room.weights[n] = jnp.concatenate(w)
+
+  def meet(self, room):
+    """Puts into the room the weights of all pairs, from what `stage` has put there."""
+    size = self._size
+    products = [
+      dot(room.operands[2 * i], room.operands[2 * i + 1], (1, 1))
+      for i in range(len(_products(size)))
+    ]
+    yield
+    weights = [[room.weights[n, pl.ds(i, 8)] for i in range(0, size, 8)] for n in (0, 1)]
+    for half, product in zip(_products(size), products, strict=True):
+      of_q = fold(product, size)
+      of_k = shifted(of_q, half)
+      for r, meeting in enumerate(self._eights()):
+        if half < 8 or r & half // 8:
+          here = slice(8 * r, 8 * r + 8)
+          for w, x in zip(weights, (of_q, of_k), strict=True):
+            w[r] = jnp.where(meeting == half, x[here], w[r])
+    for n, w in enumerate(weights):
+      room.weights[n] = jnp.concatenate(w)
+
+  def _eights(self):
+    return [self._meeting[i : i + 8] for i in range(0, self._size, 8)]
 
   def _meet(self, weights, products, start: int, half: int):
     """Puts those products into the weights [C, L] whose rows, from `start` of the tile on, meet at
@@ -381,7 +518,7 @@ class Gates:
       summed = in_two(g) if exact else [g]
       self._rows = [sum(dot(p, self.triangle, (1, 1)) for p in parts_of(x)) for x in summed]
       self._columns = [sum(dot(self.triangle, p, (1, 1)) for p in parts_of(x)) for x in summed]
-    self._masks = [
+    self.masks = [
       Masks(documents_ref, t, blocks=blocks, by_key=by_key) for t in range(blocks.tiles)
     ]
 
@@ -392,11 +529,11 @@ class Gates:
 
   def decay(self, h: int, t: int):
     """Of a tile of a head."""
-    i = h * self._blocks.tiles + t
-    masks, size = self._masks[t], self._blocks.chunk
+    masks, size = self.masks[t], self._blocks.chunk
     if self._g_ref is not None and len(self._g_ref.shape) == 4:
       g = self._load(self._g_ref, h, t * self._blocks.tile, self._blocks.tile)
-      return ChannelsDecay(masks, size, g, by_key=self._by_key)
+      return ChannelsDecay(masks, size, g)
+    i = h * self._blocks.tiles + t
     rows, columns = [x[i : i + 1] for x in self._rows], [x[:, i : i + 1] for x in self._columns]
     return RowDecay(masks, size, rows, columns, by_key=self._by_key)
 

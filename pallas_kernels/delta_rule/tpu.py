@@ -11,7 +11,9 @@ T = (I + M)^-1 diag(beta), M and A the weights of pairs under decay, S the state
 
 What does not need S (M, A, the inverse) is prepared a tile ahead. Each step of a head waits for the
 MXU to answer the one before, some 100 cycles, so the tasks of all heads are written in turns, and
-those of the next tile among them: `_interleave`.
+those of the next tile among them: `_interleave`. Where each channel decays, M and A take so many
+vector operations that the compiler, were it free to begin them all at once, would put most of what
+they compute to memory and back: the forward kernel makes them in a loop over heads, `weigh`.
 
 Bytes, a token and head, at b bytes a number, without those of g and beta: forward b (2 K + 2 V);
 for the backward also b (C + V + K V / tokens): the inverses, `written`, and the state before each
@@ -44,12 +46,19 @@ from pallas_kernels.chunks_tpu import (
   parts_of,
   where,
 )
-from pallas_kernels.delta_rule.blocks import Blocks, choose_blocks, vmem_limit
+from pallas_kernels.delta_rule.blocks import (
+  Blocks,
+  choose_blocks,
+  forward_blocks,
+  heads_together,
+  vmem_limit,
+)
 from pallas_kernels.delta_rule.tiles_tpu import (
   Gates,
-  block_of,
+  Room,
   fold,
   place_in,
+  rooms,
   spread,
   unfold,
   unit_lower_inverses,
@@ -111,7 +120,9 @@ def forward(
   """
   batch, length, heads = beta.shape
   key_dim, value_dim = k.shape[-1], v.shape[-1]
-  blocks = blocks or _blocks(q, k, v, g)
+  blocks = blocks or forward_blocks(
+    _blocks(q, k, v, g), heads, key_dim, value_dim, q.dtype, _kind(g)
+  )
   at = _windows(blocks, q, k, v, beta)
   rows, states = batch * heads * length, batch * heads * key_dim * value_dim
   size, itemsize = blocks.chunk, q.dtype.itemsize
@@ -142,6 +153,7 @@ def forward(
       ),
       jax.ShapeDtypeStruct((batch, heads, length, value_dim), q.dtype) if save else None,
     ],
+    scratch_shapes=rooms(blocks, key_dim, q.dtype) if _kind(g) == "channel" else [],
     compiler_params=compiler_params(vmem_limit(blocks, key_dim, value_dim, q.dtype, _kind(g))),
     cost_estimate=pl.CostEstimate(
       flops=rows * (4 * size * (key_dim + value_dim) + 6 * key_dim * value_dim),
@@ -286,7 +298,9 @@ def _loader(block, blocks: Blocks, length: int):
   holds anything."""
 
   def load(ref, h, first, count):
-    rows = ref[0, h * ref.shape[1] // blocks.heads, pl.ds(first, count), :]
+    shared = blocks.heads // ref.shape[1]
+    of_h = h // shared if isinstance(h, int) else jax.lax.div(h, jnp.int32(shared))
+    rows = ref[0, of_h, pl.ds(first, count), :]
     if length % blocks.tokens == 0:
       return rows
     left = length - block * blocks.tokens - first
@@ -308,7 +322,7 @@ def _forward_kernel(
   inverses_ref,
   states_ref,
   values_ref,
-  *,
+  *room_refs,
   blocks: Blocks,
   length: int,
   scale: float,
@@ -327,58 +341,94 @@ def _forward_kernel(
   gates = Gates(beta_ref, g_ref, documents_ref, load, blocks=blocks, exact=exact, by_key=False)
   prepared = {}
 
+  def room_of(h):
+    return Room(*(ref.at[h] for ref in room_refs))
+
+  def weigh(t):
+    """The weights of pairs where each channel decays: of some heads the products, while the
+    operands of the next are made."""
+    some = heads_together(blocks)
+
+    def begin(first):
+      for h in range(some):
+        q, k = (load(ref, first + h, t * width, width) for ref in (q_ref, k_ref))
+        yield gates.decay(first + h, t).stage(q, k, room_of(first + h))
+
+    def end(first):
+      for h in range(some):
+        yield gates.decay(first + h, t).meet(room_of(first + h))
+
+    _interleave(begin(0))
+
+    @pl.loop(1, blocks.heads // some)
+    def _(i):
+      _interleave([*end(some * (i - 1)), *begin(some * i)])
+
+    _interleave(end(blocks.heads - some))
+
   def prepare(h, t):
     """What does not need the state: the weights of pairs, and the inverses."""
-    q, k = (load(ref, h, t * width, width) for ref in (q_ref, k_ref))
     row, column = gates.beta(h, t)
-    decay = gates.decay(h, t)
-    scores, coupling = yield from decay.weights((q, k), k)
+    if room_refs:
+      decay, (scores, coupling) = None, room_of(h).weights[...]
+    else:
+      q, k = (load(ref, h, t * width, width) for ref in (q_ref, k_ref))
+      decay = gates.decay(h, t)
+      scores, coupling = yield from decay.weights((q, k), k)
     of_row, of_column = (
       jax.lax.broadcasted_iota(jnp.int32, coupling.shape, axis) for axis in (0, 1)
     )
     coupling = where(of_row != place_in(of_column, size), coupling * spread(column, size))
-    scores = (scale * scores).astype(dtype)
+    scores = unfold(scale * scores).astype(dtype)
     yield
     inverse = yield from unit_lower_inverses(coupling, exact=exact)
     if inverses_ref is not None:
       inverses_ref[0, h, 0, pl.ds(t * size, size)] = inverse.astype(dtype)
-    prepared[h, t] = decay, scores, (inverse * row).astype(dtype)
+    inverse = inverse * row
+    inverses = [inverse[:, i : i + size].astype(dtype) for i in range(0, width, size)]
+    prepared[h, t] = decay, scores, inverses
 
   def walk(h, t):
     """What does, chunk by chunk."""
-    decay, scores, inverse = prepared.pop((h, t))
-    lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1)
-    errors = [jnp.zeros((size, v_ref.shape[-1]), dtype)] * (width // size)
+    decay, scores, inverses = prepared.pop((h, t))
     written, read = [], []
     for m in range(width // size):
       first, inside = t * width + m * size, slice(m * size, (m + 1) * size)
-      q, k, v = (load(ref, h, first, size) for ref in (q_ref, k_ref, v_ref))
-      since, until = (None if x is None else x[inside] for x in (decay.since, decay.until))
-      before = dot(
-        jnp.concatenate([_before(since, k), _before(since, q)]),
-        carry_ref[0, h].astype(dtype),
-        (1, 0),
-      )
+      v = load(v_ref, h, first, size)
+      since = until = None
+      if room_refs:
+        ks, qs, keys, whole = room_of(h).chunk(m, size)
+        whole = where(gates.masks[t].keeps[m], whole)
+      else:
+        since, until = (None if x is None else x[inside] for x in (decay.since, decay.until))
+        ks, qs, keys = (load(ref, h, first, size) for ref in (k_ref, q_ref, k_ref))
+        whole = decay.whole[m]
+      before = dot(jnp.concatenate([ks, qs]), carry_ref[0, h].astype(dtype), (1, 0))
       yield
-      errors[m] = (v.astype(jnp.float32) - _behind(since, before[:size])).astype(dtype)
+      errors = (v.astype(jnp.float32) - _behind(since, before[:size])).astype(dtype)
       read.append(_behind(since, before[size:]))
       yield
-      values = dot(where(block_of(lane, size) == m, inverse), jnp.concatenate(errors), (1, 0))
+      values = dot(inverses[m], errors, (1, 0))
       yield
       written.append(values.astype(dtype))
-      k = _before(until, load(k_ref, h, first, size))
-      added = dot(k, _behind(until, values).astype(dtype), (0, 0))
-      carry_ref[0, h] = _times(decay.whole[m], carry_ref[0, h]) + added
+      added = dot(keys, _behind(until, values).astype(dtype), (0, 0))
+      carry_ref[0, h] = _times(whole, carry_ref[0, h]) + added
       yield
     written = jnp.concatenate(written)
     rows = pl.ds(t * width, width)
     if values_ref is not None:
       values_ref[0, h, rows, :] = written
-    y = dot(unfold(scores), written, (1, 0)) + scale * jnp.concatenate(read)
+    y = dot(scores, written, (1, 0)) + scale * jnp.concatenate(read)
     yield
     y_ref[0, h, rows, :] = y.astype(y_ref.dtype)
 
   heads = range(blocks.heads)
+  if room_refs:
+    for t in range(blocks.tiles):
+      weigh(t)
+      _interleave(prepare(h, t) for h in heads)
+      _interleave(walk(h, t) for h in heads)
+    return
   _interleave(prepare(h, 0) for h in heads)
   for t in range(blocks.tiles):
     ahead = [prepare(h, t + 1) for h in heads] if t + 1 < blocks.tiles else []
