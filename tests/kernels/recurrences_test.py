@@ -175,6 +175,17 @@ def test_definition(op, name, dtype, chip, no_worse):
   no_worse(found, by_xla, exact, f"{name} on {chip}", **options)
 
 
+def test_chunks_as_long_as_chosen(no_worse):
+  """The delta rule with vector decay in the chunks that models get, whose pairs meet at sizes that
+  small blocks do not have."""
+  call, by_xla, exact = known("delta_rule", "vector", np.float32)
+  chosen = delta_rule_blocks.choose_blocks(130, 2, 1, 8, 12, np.float32, "channel")
+  blocks = dataclasses.replace(chosen, heads=1, tiles=1)
+  assert blocks.chunk == 64
+  found = by_kernels("delta_rule", "tpu", call, blocks=blocks)
+  no_worse(found, by_xla, exact, "vector", segment_ids=call.segment_ids, operands=np.float32)
+
+
 @functools.cache
 def extremes(op: str, decay: str) -> tuple[Call, dict, dict]:
   """Rows with decay from none to all in one token, write strengths from 0 to 2, and values of any
