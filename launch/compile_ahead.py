@@ -74,7 +74,7 @@ def options() -> argparse.ArgumentParser:
     "--dtype",
     choices=("bfloat16", "float32"),
     help="of the arrays of kernels, default bfloat16; of the weight matrices of --decode, default "
-    "that in which the model computes (generate.py keeps float32)",
+    "that in which the model computes, as generate.py has them",
   )
   run = parser.add_argument_group("a run")
   run.add_argument(

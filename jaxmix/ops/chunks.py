@@ -111,7 +111,7 @@ def _forward(rows: Rows, state, documents, *, scale: float, chunk_size: int, cou
   def step(state, start):
     prepared = _prepare(dtype, chunk_size, *_span(padded, documents, start, size))
     before, state = _states(prepared, state, dtype)
-    y, _ = _finish(dtype, scale, prepared, before)
+    y, _ = _read(dtype, scale, prepared, before)
     return state, (_join(y), jnp.moveaxis(before, 3, 0))
 
   state, (y, starts) = _walk(step, _split_heads(state, rows.fewest), length, size)
@@ -229,8 +229,8 @@ def _merged(x):
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _finish(dtype, scale: float, prepared: _Prepared, starts):
-  """y of all chunks and the states after them, from the states before them."""
+def _read(dtype, scale: float, prepared: _Prepared, starts):
+  """y of all chunks and what they write, from the states before them."""
   dot = functools.partial(product, dtype=dtype)
   written = prepared.written
   if prepared.erased is not None:
@@ -238,7 +238,13 @@ def _finish(dtype, scale: float, prepared: _Prepared, starts):
   y = scale * (
     dot("ck,kv->cv", a=prepared.q_in, b=starts) + dot("cs,sv->cv", a=prepared.scores, b=written)
   )
-  return y, prepared.keep * starts + dot("ck,cv->kv", a=prepared.k_out, b=written)
+  return y, written
+
+
+def _finish(dtype, scale: float, prepared: _Prepared, starts):
+  """y of all chunks and the states after them, from the states before them."""
+  y, written = _read(dtype, scale, prepared, starts)
+  return y, prepared.keep * starts + product("ck,cv->kv", dtype, prepared.k_out, written)
 
 
 def _states(prepared: _Prepared, state, dtype):
