@@ -354,8 +354,8 @@ class _Pairs:
     return jax.lax.dynamic_slice_in_dim(x, self._earlier - offset, self._z.shape[1], axis=1)
 
   def _for_each_offset(self, step, start):
-    """step(carry, offset) -> carry, one after the other: of an unrolled loop a compiler keeps what it
-    makes of each offset until the last."""
+    """step(carry, offset) -> carry, one after the other: of an unrolled loop a compiler keeps what
+    it makes of each offset until the last."""
     offsets = jnp.array(self.offsets, jnp.int32)
     return jax.lax.scan(lambda carry, offset: (step(carry, offset), None), start, offsets)[0]
 
