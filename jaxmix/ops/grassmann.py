@@ -79,8 +79,8 @@ def grassmann_mix(
     implementation: None, "reference", "xla", "tpu" or "gpu" (kernels forward and backward).
   Returns:
     y: [B, T, D] in the dtype of weight;   state: the last tokens of the row's last document, a dict
-    of z [B, max(offsets), H, R] float32 and count [B] int32, how many of them (the newest) exist;
-    None where an offset is below 0.
+    of memory [B, max(offsets), H, R] float32 and length [B] int32, how many tokens that document
+    has so far; None where an offset is below 0.
   Raises:
     ValueError: shapes or options disagree, or `implementation` cannot run this call (the message
       says why).
@@ -89,14 +89,15 @@ def grassmann_mix(
   """
   offsets = tuple(offsets)
   _check(z, weight, bias, offsets, state, segment_ids, normalization)
-  groups = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(*z.shape[:2], -1, z.shape[-1])
+  groups = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+  groups = groups if z.ndim == 4 else groups[:, :, None]
   streams = min(offsets) > 0
   if state is None:
     state = grassmann_state(z.shape[0], offsets, groups.shape[2:], groups.dtype)
   if z.shape[1] == 0:
     return jnp.zeros((*z.shape[:2], weight.shape[1]), weight.dtype), state if streams else None
   call = _Call(offsets, float(eps), normalization, implementation)
-  y = _mix(groups, state["z"], weight, bias, state["count"], segment_ids, call)
+  y = _mix(groups, state["memory"], weight, bias, state["length"], segment_ids, call)
   return y, _state_after(state, groups, segment_ids) if streams else None
 
 
@@ -112,8 +113,8 @@ def grassmann_state(
   groups = (1, *shape)[-2:]
   rows = max(0, *offsets)
   return {
-    "z": jnp.zeros((batch, rows, *groups), dtype),
-    "count": jnp.zeros(batch, jnp.int32),
+    "memory": jnp.zeros((batch, rows, *groups), dtype),
+    "length": jnp.zeros(batch, jnp.int32),
   }
 
 
@@ -141,10 +142,10 @@ def _check(z, weight, bias, offsets, state, segment_ids, normalization) -> None:
         "yet; use offsets above 0, or no state"
       )
     shape = (z.shape[0], max(offsets), groups, rank)
-    if state["z"].shape != shape or state["count"].shape != shape[:1]:
+    if state["memory"].shape != shape or state["length"].shape != shape[:1]:
       raise ValueError(
-        f"grassmann_mix: the state has z {list(state['z'].shape)} and count "
-        f"{list(state['count'].shape)}, expected {list(shape)} and {list(shape[:1])}; make it by "
+        f"grassmann_mix: the state has memory {list(state['memory'].shape)} and length "
+        f"{list(state['length'].shape)}, expected {list(shape)} and {list(shape[:1])}; make it by "
         "grassmann_state with these offsets"
       )
   if normalization not in NORMALIZATIONS:
@@ -156,13 +157,12 @@ def _check(z, weight, bias, offsets, state, segment_ids, normalization) -> None:
 
 
 def _state_after(state, z, segment_ids):
-  length, most = z.shape[1], state["z"].shape[1]
+  length = state["length"]
   if segment_ids is None:
-    count = state["count"] + length
+    after = length + z.shape[1]
   else:
-    seen = document_positions(segment_ids, state["count"]) + 1
-    count = last_token(segment_ids, seen, state["count"])
-  return {"z": newest_rows(state["z"], z, segment_ids), "count": jnp.minimum(count, most)}
+    after = last_token(segment_ids, document_positions(segment_ids, length) + 1, length)
+  return {"memory": newest_rows(state["memory"], z, segment_ids), "length": after}
 
 
 class _Call(NamedTuple):
@@ -186,17 +186,17 @@ class _Call(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _mix(z, before, weight, bias, count, segment_ids, call: _Call):
+def _mix(z, before, weight, bias, length, segment_ids, call: _Call):
   functions = {
     "reference": functools.partial(_by_definition, call),
     "xla": functools.partial(_on_rows, functools.partial(_forward, **call.options)),
   }
-  return call.run(functions, (z, before, weight, bias, count, segment_ids))
+  return call.run(functions, (z, before, weight, bias, length, segment_ids))
 
 
-def _mix_forward(z, before, weight, bias, count, segment_ids, call: _Call):
+def _mix_forward(z, before, weight, bias, length, segment_ids, call: _Call):
   # Directions and coordinates are made again in the backward pass: they are more than the inputs.
-  arrays = (z, before, weight, bias, count, segment_ids)
+  arrays = (z, before, weight, bias, length, segment_ids)
   return _mix(*arrays, call), arrays
 
 
@@ -211,27 +211,28 @@ def _mix_backward(call: _Call, arrays, dy):
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _by_definition(call, z, before, weight, bias, count, segment_ids):
+def _by_definition(call, z, before, weight, bias, length, segment_ids):
+  count = jnp.minimum(length, before.shape[1])
   ids = jnp.ones(z.shape[:2], jnp.int32) if segment_ids is None else segment_ids
   y = reference.grassmann_mix(z, weight, bias, before, count, ids, **call.options)
   return y.astype(weight.dtype)
 
 
-def _gradient_of_definition(call, z, before, weight, bias, count, segment_ids, dy):
+def _gradient_of_definition(call, z, before, weight, bias, length, segment_ids, dy):
   def run(z, before, weight, bias):
-    return _by_definition(call, z, before, weight, bias, count, segment_ids)
+    return _by_definition(call, z, before, weight, bias, length, segment_ids)
 
   return jax.vjp(run, z, before, weight, bias)[1](dy)
 
 
-def _on_rows(form, z, before, weight, bias, count, segment_ids, *dy):
+def _on_rows(form, z, before, weight, bias, length, segment_ids, *dy):
   """A form on rows whose tokens are neighbours, which is told how far back and ahead their document
   goes; what stands at padding is set to 0."""
 
   def run(segment_ids, z, *dy):
     if segment_ids is not None:
       z = jnp.where((segment_ids != 0)[..., None, None], z, 0)
-    return form(z, before, weight, bias, _reach(segment_ids, count, z.shape[1]), *dy)
+    return form(z, before, weight, bias, _reach(segment_ids, length, z.shape[1]), *dy)
 
   return over_padding(run, segment_ids, z, *dy)
 
@@ -252,15 +253,15 @@ class Reach(NamedTuple):
     return sum(self.has(offset).astype(jnp.int32) for offset in offsets)
 
 
-def _reach(segment_ids, count, length: int) -> Reach:
+def _reach(segment_ids, first, length: int) -> Reach:
+  """Of a row of `length` tokens, `first` [B] of whose first document stand before it."""
   if segment_ids is None:
     index = jnp.arange(length, dtype=jnp.int32)
-    back = count[:, None] + index
+    back = first[:, None] + index
     return Reach(back, jnp.broadcast_to(index[::-1], back.shape))
-  live, nothing = segment_ids != 0, jnp.zeros_like(count)
-  back = document_positions(segment_ids, count)
-  ahead = document_positions(segment_ids[:, ::-1], nothing)[:, ::-1]
-  return Reach(*(jnp.where(live, distance, -1) for distance in (back, ahead)))
+  back = document_positions(segment_ids, first)
+  ahead = document_positions(segment_ids[:, ::-1], jnp.zeros_like(first))[:, ::-1]
+  return Reach(*(jnp.where(segment_ids != 0, distance, -1) for distance in (back, ahead)))
 
 
 def _forward(z, before, weight, bias, reach: Reach, **options):
