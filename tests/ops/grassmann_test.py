@@ -86,7 +86,7 @@ def test_golden_coordinates(name, golden, float64, errors):
 
   p, pull = jax.vjp(run, u, v)
   gradients = pull(data["cot"].astype(np.float64))
-  # Of parallel vectors the rejection is what rounding leaves, 1e-16, over eps; directly it would be 0.
+  # Of parallel vectors the rejection is what rounding leaves, 1e-16, over eps.
   tolerance = 1e-7 if name == "plucker_degenerate" else TOLERANCE
   np.testing.assert_allclose(p, data["out64"], atol=tolerance, rtol=0)
   assert all(np.isfinite(gradient).all() for gradient in gradients)
@@ -120,8 +120,8 @@ def test_not_the_norm_of_the_mean(golden, float64, errors):
 @pytest.mark.parametrize("normalization", ["safe", "smooth", "clamp"])
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
 def test_degenerate_planes(normalization, size, rounding):
-  """In float32: repeated tokens, opposite ones and zero vectors give finite gradients. The safe norm
-  gives coordinates near 0 for them, whatever their size, and gradients of at most 1e3 / |z|."""
+  """In float32: repeated tokens, opposite ones and zero vectors give finite gradients. The safe
+  norm gives coordinates near 0, whatever their size, and gradients of at most 1e3 / |z|."""
   random = np.random.default_rng(0)
   v = random.normal(size=(1, 1, 16))
   rows = np.concatenate([v, v, -2 * v, 0 * v, v, v + 1e-7 * random.normal(size=v.shape)], 1)
