@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmix.training.optimizers import Schedule, adamw
+from jaxmix.training.optimizers import Schedule
 
 Retraction = Literal["geodesic", "qr", "polar"]
 
@@ -41,7 +41,7 @@ class RiemannianState(NamedTuple):
 def with_subspaces(
   axes: dict,
   *,
-  optimizer: Callable[[dict], optax.GradientTransformation] = adamw,
+  optimizer: Callable[[dict], optax.GradientTransformation],
   learning_rate: float | Schedule,
   momentum: float = 0.9,
   retraction: Retraction = "geodesic",
