@@ -93,7 +93,7 @@ class RunReport:
     parameter_bytes, optimizer_bytes: as they lie on the mesh; a moving average of the parameters
       counts to the optimizer.
     batch_bytes: of one device's rows.
-    tokens: of a step, over all devices.
+    tokens: positions of the rows of a step, over all devices; of images these are pixels.
     model_flops: of a step, over all devices: three times the forward pass, without what is computed
       again.
   """
