@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmix import ops
-from jaxmix.layers import LayerNorm, Linear
+from jaxmix.layers import LayerNorm, LearnedOffsets, Linear
 
 SCHEDULE = (1, 2, 4, 8, 12, 16)  # of the paper's six layers
 GATES = ("blend", "product", "none")
@@ -45,6 +45,10 @@ class Grassmann(nnx.Module):
       schedule[l mod len(schedule)]. A mixer by itself is number 0.
     offsets: all offsets of every layer, in place of a schedule; None means the schedule. Offsets
       below 0 point to later tokens, which leaves no state and no streaming.
+    learned_reach: offsets are learnt, between 1 and this many tokens back, and begin where the
+      schedule or `offsets` has them; None leaves them where they are. They may be fractions: a
+      partner is interpolated, see `jaxmix.ops.offset_taps`.
+    window: of the interpolation, "triangle", or "gauss" whose width is learnt with it.
     gate: "blend", as above; "product": y = a g; "none": y = g. The last two want a residual.
     norm: a LayerNorm of y.
     output_projection: a map D x D with bias behind it.
@@ -65,6 +69,8 @@ class Grassmann(nnx.Module):
     heads: int = 1,
     schedule: Sequence[int] = SCHEDULE,
     offsets: Sequence[int] | None = None,
+    learned_reach: int | None = None,
+    window: str = "triangle",
     gate: str = "blend",
     norm: bool = False,
     output_projection: bool = False,
@@ -102,6 +108,11 @@ class Grassmann(nnx.Module):
     self.out = (
       Linear({"mlp": dim}, {"embed": dim}, bias=True, rngs=rngs) if output_projection else None
     )
+    self.learned = (
+      None
+      if learned_reach is None
+      else LearnedOffsets(self.offsets, reach=learned_reach, window=window)
+    )
     self.gate, self.affine, self.unpaired = gate, affine, unpaired
     self.normalization, self.eps, self.implementation = normalization, eps, implementation
 
@@ -114,6 +125,8 @@ class Grassmann(nnx.Module):
     """Makes this the mixer of layer `number` of those that take it; called once."""
     if self.schedule is not None:
       self.offsets = (self.schedule[number % len(self.schedule)],)
+    if self.learned is not None:
+      self.learned.begin_at(self.offsets)
 
   def __call__(self, x: jax.Array, *, state=None, segment_ids=None, positions=None):
     """Mixes along the length.
@@ -129,16 +142,14 @@ class Grassmann(nnx.Module):
     if self.affine:
       z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], -1)
     bias = self.expand.bias[...]
-    g, state = ops.grassmann_mix(
+    g, state = self._mix(
       z,
       self.expand.weight(x.dtype),
       bias if self.unpaired == "zero" else jnp.zeros_like(bias),
-      offsets=self.offsets,
       state=state,
       segment_ids=segment_ids,
       eps=self.eps,
       normalization=self.normalization,
-      implementation=self.implementation,
     )
     if self.unpaired == "bias":
       g = g + bias.astype(g.dtype)
@@ -148,6 +159,13 @@ class Grassmann(nnx.Module):
     if segment_ids is not None:
       y = jnp.where((segment_ids != 0)[..., None], y, 0)
     return y, state
+
+  def _mix(self, *arrays, **options):
+    if self.learned is not None:
+      return ops.fractional_grassmann_mix(*arrays, self.learned(), **options)
+    return ops.grassmann_mix(
+      *arrays, offsets=self.offsets, implementation=self.implementation, **options
+    )
 
   def _gated(self, x, g):
     if self.gate == "none":
@@ -164,7 +182,8 @@ class Grassmann(nnx.Module):
         "offsets above 0"
       )
     wide = jnp.promote_types(dtype, jnp.float32)
-    return ops.grassmann_state(batch_size, self.offsets, (self.heads, self.head_rank), wide)
+    reach = self.offsets if self.learned is None else (self.learned.reach,)
+    return ops.grassmann_state(batch_size, reach, (self.heads, self.head_rank), wide)
 
   def flops(self, batch: int, length: int) -> int:
     """Floating-point operations of a forward pass, a multiply-add counted as two; of the op, a

@@ -2,6 +2,7 @@
 
 from jaxmix.ops.attention import attention, attention_state
 from jaxmix.ops.delta_rule import delta_rule
+from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
 from jaxmix.ops.grassmann import grassmann_mix, grassmann_state
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
@@ -16,10 +17,12 @@ __all__ = [
   "document_indices",
   "document_positions",
   "explain_implementation",
+  "fractional_grassmann_mix",
   "grassmann_mix",
   "grassmann_state",
   "higher_order_linear_attention",
   "last_token",
   "linear_attention",
+  "offset_taps",
   "short_convolution",
 ]

@@ -80,7 +80,7 @@ def grassmann_mix(
     token its successors. Cost O(T R (offsets + R D)) time, O(R max(offsets)) state.
   """
   offsets = tuple(offsets)
-  _check(z, weight, bias, offsets, state, segment_ids, normalization)
+  check_arrays(z, weight, bias, offsets, state, segment_ids, normalization)
   groups = z.astype(jnp.promote_types(z.dtype, jnp.float32))
   groups = groups if z.ndim == 4 else groups[:, :, None]
   streams = min(offsets) > 0
@@ -90,7 +90,7 @@ def grassmann_mix(
     return jnp.zeros((*z.shape[:2], weight.shape[1]), weight.dtype), state if streams else None
   call = _Call(offsets, float(eps), normalization, implementation)
   y = _mix(groups, state["memory"], weight, bias, state["length"], segment_ids, call)
-  return y, _state_after(state, groups, segment_ids) if streams else None
+  return y, state_after(state, groups, segment_ids) if streams else None
 
 
 def grassmann_state(
@@ -110,7 +110,8 @@ def grassmann_state(
   }
 
 
-def _check(z, weight, bias, offsets, state, segment_ids, normalization) -> None:
+def check_arrays(z, weight, bias, offsets, state, segment_ids, normalization) -> None:
+  """Raises ValueError unless the arguments of `grassmann_mix` fit one another."""
   if z.ndim not in (3, 4) or weight.ndim != 2 or bias.shape != weight.shape[1:]:
     raise ValueError(
       f"grassmann_mix: z, weight and bias have shapes {z.shape}, {weight.shape}, {bias.shape}, "
@@ -148,7 +149,8 @@ def _check(z, weight, bias, offsets, state, segment_ids, normalization) -> None:
   check_segment_ids("grassmann_mix", segment_ids, *z.shape[:2])
 
 
-def _state_after(state, z, segment_ids):
+def state_after(state, z, segment_ids) -> dict[str, jax.Array]:
+  """The state behind a row of z [B, T, H, R]."""
   length = state["length"]
   if segment_ids is None:
     after = length + z.shape[1]

@@ -55,24 +55,54 @@ def reach_of(segment_ids, first, length: int) -> Reach:
 
 
 def forward(z, before, weight, bias, reach: Reach, **options):
+  """[B, T, D], see `grassmann_mix`."""
   pairs = Pairs(z, before, reach, **options)
-  p = wedge(*pairs.directions()).astype(weight.dtype)
-  y = product("tp,pd->td", weight.dtype, p, weight[None])
-  exists = reach.partners(pairs.offsets) > 0
-  return jnp.where(exists[..., None], y + bias.astype(y.dtype), 0).astype(weight.dtype)
+  y = project(*pairs.directions(), weight)
+  return with_bias(y, bias, reach.partners(pairs.offsets) > 0)
 
 
 def backward(z, before, weight, bias, reach: Reach, dy, **options):
   """Gradients of `forward` with respect to z, before, weight and bias."""
   pairs = Pairs(z, before, reach, **options)
-  a, b = pairs.directions()
   dy = jnp.where((reach.partners(pairs.offsets) > 0)[..., None], dy, 0)
-  da, db = wedge_gradients(a, b, weight, dy)
-  dz, dbefore = pairs.gradients(da, db)
+  da, db, dweight = _project_backward((*pairs.directions(), weight), dy)
+  dbias = jnp.sum(dy.astype(da.dtype), (0, 1)).astype(bias.dtype)
+  return *pairs.gradients(da, db), dweight, dbias
+
+
+def with_bias(y, bias, exists):
+  """y [B, T, D] and the bias where partners exist, else 0."""
+  return jnp.where(exists[..., None], y + bias.astype(y.dtype), 0)
+
+
+@jax.custom_vjp
+def project(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+  """wedge(a, b) weight, [B, T, H, R] twice -> [B, T, D] in the dtype of weight."""
   p = wedge(a, b).astype(weight.dtype)
-  dweight = product("tp,td->pd", weight.dtype, p, dy).sum(0)
-  dbias = jnp.sum(dy.astype(a.dtype), (0, 1))
-  return dz, dbefore, dweight.astype(weight.dtype), dbias.astype(bias.dtype)
+  return product("tp,pd->td", weight.dtype, p, weight[None]).astype(weight.dtype)
+
+
+def _project_forward(a, b, weight):
+  return project(a, b, weight), (a, b, weight)
+
+
+def _project_backward(residuals, dy):
+  """The cotangent of the coordinates as a skew matrix S of channels gives S b and -S a."""
+  a, b, weight = residuals
+  groups, rank = a.shape[2:]
+  i, j = pairs_of(rank)
+  pairs = weight.reshape(groups, len(i), -1)
+  skew = jnp.zeros((groups, rank, rank, weight.shape[1]), weight.dtype)
+  skew = skew.at[:, i, j].set(pairs).at[:, j, i].set(-pairs).reshape(-1, weight.shape[1])
+  s = product("td,pd->tp", weight.dtype, dy, skew[None]).astype(a.dtype)
+  s = s.reshape(*a.shape, rank)
+  # As products: a CPU takes forty times as long for the sums of a product written out.
+  times = functools.partial(jnp.einsum, "bthij,bthj->bthi", s, precision="highest")
+  dweight = product("tp,td->pd", weight.dtype, wedge(a, b).astype(weight.dtype), dy).sum(0)
+  return times(b), -times(a), dweight.astype(weight.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def wedge(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -88,22 +118,7 @@ def wedge(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.concatenate(rows, -1).reshape(*a.shape[:2], -1)
 
 
-def wedge_gradients(a, b, weight, dy):
-  """Cotangents of a and b in `wedge(a, b) @ weight`: the cotangent of the coordinates as a skew
-  matrix S of channels gives S b and -S a."""
-  groups, rank = a.shape[2:]
-  i, j = pairs_of(rank)
-  pairs = weight.reshape(groups, len(i), -1)
-  skew = jnp.zeros((groups, rank, rank, weight.shape[1]), weight.dtype)
-  skew = skew.at[:, i, j].set(pairs).at[:, j, i].set(-pairs).reshape(-1, weight.shape[1])
-  s = product("td,pd->tp", weight.dtype, dy, skew[None]).astype(a.dtype)
-  s = s.reshape(*a.shape, rank)
-  # As products: a CPU takes forty times as long for the sums of a product written out.
-  times = functools.partial(jnp.einsum, "bthij,bthj->bthi", s, precision="highest")
-  return times(b), -times(a)
-
-
-class _Token(NamedTuple):
+class Token(NamedTuple):
   """What every partner of a token meets: its unit vector and the inverse of its norm, 0 for a zero
   vector, and (eps / norm)^2, the square that keeps those of rejections from 0."""
 
@@ -112,7 +127,7 @@ class _Token(NamedTuple):
   floor: jax.Array
 
 
-class _Partner(NamedTuple):
+class Partner(NamedTuple):
   """A partner v and its part along the token; its rejection, normalised, and the scale that it was
   multiplied by, 0 where there is no partner; the share of the floor in the square that was."""
 
@@ -121,6 +136,35 @@ class _Partner(NamedTuple):
   direction: jax.Array
   scale: jax.Array
   share: jax.Array
+
+
+class Norm:
+  """How wedge products are normalised: see `grassmann_mix` for `eps` and `normalization`."""
+
+  def __init__(self, *, eps: float, normalization: str):
+    self._eps, self.clamps = eps, normalization == "clamp"
+    self.relative = RELATIVE_EPS if normalization == "safe" else 0.0
+
+  def token(self, z) -> Token:
+    """Of z [..., R]."""
+    square = _dot(z, z)
+    inverse = jnp.where(square > TINY, jax.lax.rsqrt(jnp.maximum(square, TINY)), 0)
+    return Token(z * inverse, inverse, (self._eps * inverse) ** 2)
+
+  def partner(self, token: Token, v, exists) -> Partner:
+    """Of v [..., R], where it exists [..., 1]."""
+    v_square, along = _dot(v, v), _dot(token.unit, v)
+    rejection = v - along * token.unit
+    square = _dot(rejection, rejection)
+    if self.clamps:
+      share = (square < token.floor).astype(square.dtype)
+      square = jnp.maximum(square, token.floor)
+    else:
+      square = square + self.relative**2 * v_square + token.floor
+      share = token.floor / jnp.maximum(square, TINY)
+    exists = exists & (v_square > TINY) & (square > 0)
+    scale = jnp.where(exists, jax.lax.rsqrt(jnp.where(exists, square, 1)), 0)
+    return Partner(v, along, scale * rejection, scale, share)
 
 
 class Pairs:
@@ -132,18 +176,19 @@ class Pairs:
   """
 
   def __init__(self, z, before, reach: Reach, *, offsets, eps: float, normalization: str):
-    self._z, self._reach, self._eps = z, reach, eps
-    self.offsets, self._clamp = offsets, normalization == "clamp"
-    self._relative = RELATIVE_EPS if normalization == "safe" else 0.0
-    self._earlier, self._later = before.shape[1], max(0, -min(offsets))
-    behind = ((0, 0), (0, self._later), (0, 0), (0, 0))
-    self._rows = jnp.pad(jnp.concatenate([before, z], 1), behind)
-    self._squares = jnp.sum(self._rows * self._rows, -1, keepdims=True)
+    self._z, self._reach, self.offsets = z, reach, offsets
+    self._norm = Norm(eps=eps, normalization=normalization)
+    self._earlier, later = before.shape[1], max(0, -min(offsets))
+    self._rows = jnp.pad(jnp.concatenate([before, z], 1), ((0, 0), (0, later), (0, 0), (0, 0)))
     self.count = jnp.maximum(reach.partners(offsets), 1)[..., None, None].astype(z.dtype)
 
   def _at(self, x, offset) -> jax.Array:
     """The rows of x that stand `offset` before the tokens."""
     return jax.lax.dynamic_slice_in_dim(x, self._earlier - offset, self._z.shape[1], axis=1)
+
+  def _partner(self, token: Token, offset) -> Partner:
+    v = self._at(self._rows, offset)
+    return self._norm.partner(token, v, self._reach.has(offset)[..., None, None])
 
   def _for_each_offset(self, step, start):
     """step(carry, offset) -> carry, one after the other: of an unrolled loop a compiler keeps what
@@ -151,32 +196,12 @@ class Pairs:
     offsets = jnp.array(self.offsets, jnp.int32)
     return jax.lax.scan(lambda carry, offset: (step(carry, offset), None), start, offsets)[0]
 
-  def token(self) -> _Token:
-    square = self._at(self._squares, 0)
-    inverse = jnp.where(square > TINY, jax.lax.rsqrt(jnp.maximum(square, TINY)), 0)
-    return _Token(self._z * inverse, inverse, (self._eps * inverse) ** 2)
-
-  def partner(self, token: _Token, offset) -> _Partner:
-    v, v_square = self._at(self._rows, offset), self._at(self._squares, offset)
-    along = _dot(token.unit, v)
-    rejection = v - along * token.unit
-    square = _dot(rejection, rejection)
-    if self._clamp:
-      share = (square < token.floor).astype(square.dtype)
-      square = jnp.maximum(square, token.floor)
-    else:
-      square = square + self._relative**2 * v_square + token.floor
-      share = token.floor / jnp.maximum(square, TINY)
-    valid = self._reach.has(offset)[..., None, None] & (v_square > TINY) & (square > 0)
-    scale = jnp.where(valid, jax.lax.rsqrt(jnp.where(valid, square, 1)), 0)
-    return _Partner(v, along, scale * rejection, scale, share)
-
   def directions(self) -> tuple[jax.Array, jax.Array]:
     """[B, T, H, R] twice, a and b: `wedge(a, b)` is the mean of the normalised wedge products."""
-    token = self.token()
+    token = self._norm.token(self._z)
 
     def add(total, offset):
-      return total + self.partner(token, offset).direction
+      return total + self._partner(token, offset).direction
 
     return token.unit, self._for_each_offset(add, jnp.zeros_like(self._z)) / self.count
 
@@ -186,17 +211,17 @@ class Pairs:
     In terms that stay small: of a direction b = s r of length at most 1, where r is the rejection,
     the cotangent through s is - s (db . b) b, whatever the size of s.
     """
-    token, db = self.token(), db / self.count
+    token, db = self._norm.token(self._z), db / self.count
 
     def add(sums, offset):
       da, held, drows = sums
-      pair = self.partner(token, offset)
+      pair = self._partner(token, offset)
       along_b = _dot(db, pair.direction)
-      turned = along_b * (1 - pair.share) if self._clamp else along_b
+      turned = along_b * (1 - pair.share) if self._norm.clamps else along_b
       drejection = pair.scale * (db - turned * pair.direction)
       dalong = -_dot(token.unit, drejection)
       dv = drejection + dalong * token.unit
-      dv = dv - (self._relative * pair.scale) ** 2 * along_b * pair.v
+      dv = dv - (self._norm.relative * pair.scale) ** 2 * along_b * pair.v
       da = da + dalong * pair.v - pair.along * drejection
       dv = dv + self._at(drows, offset)
       start = self._earlier - offset
