@@ -41,8 +41,8 @@ class Grassmann(nnx.Module):
     dim: model width D.
     rank: channels R of the reduced states.
     heads: groups of rank / heads channels, each with planes of its own.
-    schedule: one offset a layer: of the layers of a model that take this mixer, number l takes
-      schedule[l mod len(schedule)]. A mixer by itself is number 0.
+    schedule: one offset a layer, or a sequence with one a head: of the layers of a model that take
+      this mixer, number l takes schedule[l mod len(schedule)]. A mixer by itself is number 0.
     offsets: all offsets of every layer, in place of a schedule; None means the schedule. Offsets
       below 0 point to later tokens, which leaves no state and no streaming.
     learned_reach: offsets are learnt, between 1 and this many tokens back, and begin where the
@@ -67,7 +67,7 @@ class Grassmann(nnx.Module):
     *,
     rank: int = 32,
     heads: int = 1,
-    schedule: Sequence[int] = SCHEDULE,
+    schedule: Sequence[int | Sequence[int]] = SCHEDULE,
     offsets: Sequence[int] | None = None,
     learned_reach: int | None = None,
     window: str = "triangle",
@@ -94,7 +94,7 @@ class Grassmann(nnx.Module):
     if not schedule:
       raise ValueError("Grassmann: schedule is empty, expected at least one offset, such as (1,)")
     self.schedule = tuple(schedule) if offsets is None else None
-    self.offsets = (schedule[0],) if offsets is None else tuple(offsets)
+    self.offsets = _of_layer(schedule[0]) if offsets is None else tuple(offsets)
     self.heads, self.head_rank = heads, rank // heads + affine
     pairs = heads * math.comb(self.head_rank, 2)
     self.reduce = Linear(
@@ -108,6 +108,11 @@ class Grassmann(nnx.Module):
     self.out = (
       Linear({"mlp": dim}, {"embed": dim}, bias=True, rngs=rngs) if output_projection else None
     )
+    if learned_reach is not None and any(isinstance(d, Sequence) for d in self.offsets):
+      raise ValueError(
+        f"Grassmann: learned_reach={learned_reach} with one offset a head, expected the same for all "
+        "heads; set learned_reach=None, or one number a layer in the schedule"
+      )
     self.learned = (
       None
       if learned_reach is None
@@ -124,7 +129,7 @@ class Grassmann(nnx.Module):
   def vary(self, number: int) -> None:
     """Makes this the mixer of layer `number` of those that take it; called once."""
     if self.schedule is not None:
-      self.offsets = (self.schedule[number % len(self.schedule)],)
+      self.offsets = _of_layer(self.schedule[number % len(self.schedule)])
     if self.learned is not None:
       self.learned.begin_at(self.offsets)
 
@@ -176,13 +181,14 @@ class Grassmann(nnx.Module):
   def init_state(self, batch_size: int, *, dtype=jnp.float32) -> dict[str, jax.Array]:
     """The state before the first token; the reduced states are float32 whatever `dtype`, the dtype
     of x."""
-    if min(self.offsets) < 0:
+    offsets = ops.offsets_of_groups(self.offsets, self.heads)
+    if min(map(min, offsets)) < 0:
       raise ValueError(
         f"Grassmann: offsets={self.offsets} cannot stream, since tokens see later ones; use "
         "offsets above 0"
       )
     wide = jnp.promote_types(dtype, jnp.float32)
-    reach = self.offsets if self.learned is None else (self.learned.reach,)
+    reach = offsets if self.learned is None else (self.learned.reach,)
     return ops.grassmann_state(batch_size, reach, (self.heads, self.head_rank), wide)
 
   def flops(self, batch: int, length: int) -> int:
@@ -191,3 +197,8 @@ class Grassmann(nnx.Module):
     maps = (part for part in vars(self).values() if isinstance(part, Linear))
     coordinates = 3 * self.heads * math.comb(self.head_rank, 2)
     return batch * length * (sum(part.flops_per_token for part in maps) + coordinates)
+
+
+def _of_layer(entry: int | Sequence[int]) -> tuple:
+  """The offsets of a layer by its entry in the schedule: one for all heads, or one for each."""
+  return tuple((offset,) for offset in entry) if isinstance(entry, Sequence) else (entry,)

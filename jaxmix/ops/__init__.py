@@ -3,7 +3,7 @@
 from jaxmix.ops.attention import attention, attention_state
 from jaxmix.ops.delta_rule import delta_rule
 from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
-from jaxmix.ops.grassmann import grassmann_mix, grassmann_state
+from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_groups
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
@@ -24,5 +24,6 @@ __all__ = [
   "last_token",
   "linear_attention",
   "offset_taps",
+  "offsets_of_groups",
   "short_convolution",
 ]

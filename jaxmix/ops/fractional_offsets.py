@@ -74,7 +74,7 @@ def fractional_grassmann_mix(
     ValueError: shapes or options disagree.
   """
   count = taps.shape[-1]
-  check_arrays(z, weight, bias, (count,), state, segment_ids, normalization)
+  check_arrays(z, weight, bias, ((count,),), state, segment_ids, normalization)
   groups = z.astype(jnp.promote_types(z.dtype, jnp.float32))
   groups = groups if z.ndim == 4 else groups[:, :, None]
   if state is None:

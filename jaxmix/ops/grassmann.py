@@ -35,7 +35,7 @@ def grassmann_mix(
   weight: jax.Array,
   bias: jax.Array,
   *,
-  offsets: Sequence[int],
+  offsets: Sequence[int] | Sequence[Sequence[int]],
   state: dict[str, jax.Array] | None = None,
   segment_ids: jax.Array | None = None,
   eps: float = 1e-8,
@@ -62,7 +62,8 @@ def grassmann_mix(
     weight: [H R (R - 1) / 2, D], float32 or bfloat16; pairs i < j in row-major order.
     bias: [D].
     offsets: whole numbers, counted in tokens of the document, padding not among them; one that
-      comes twice counts twice. Below 0 they point to later tokens, and there is no state.
+      comes twice counts twice. Or one sequence a group, all of one length. Below 0 they point to
+      later tokens, and there is no state.
     state: from `grassmann_state` or an earlier call; None means no token before the first. It
       belongs to the document of the first token that is not padding.
     segment_ids: [B, T] int32; tokens pair within their document. 0 marks padding, whose output
@@ -79,18 +80,38 @@ def grassmann_mix(
   Source: Zhang 2025 (arXiv 2512.19428), section 3, with z_{t-d} for its z_{t+d}, which would show a
     token its successors. Cost O(T R (offsets + R D)) time, O(R max(offsets)) state.
   """
-  offsets = tuple(offsets)
+  groups = (1, *z.shape[2:-1])[-1]
+  offsets = offsets_of_groups(offsets, groups)
   check_arrays(z, weight, bias, offsets, state, segment_ids, normalization)
-  groups = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-  groups = groups if z.ndim == 4 else groups[:, :, None]
-  streams = min(offsets) > 0
+  dtype = jnp.promote_types(z.dtype, jnp.float32)
+  z = z.astype(dtype).reshape(*z.shape[:2], groups, z.shape[-1])
+  streams = min(map(min, offsets)) > 0
   if state is None:
-    state = grassmann_state(z.shape[0], offsets, groups.shape[2:], groups.dtype)
+    state = grassmann_state(z.shape[0], offsets, z.shape[2:], dtype)
   if z.shape[1] == 0:
     return jnp.zeros((*z.shape[:2], weight.shape[1]), weight.dtype), state if streams else None
   call = _Call(offsets, float(eps), normalization, implementation)
-  y = _mix(groups, state["memory"], weight, bias, state["length"], segment_ids, call)
-  return y, state_after(state, groups, segment_ids) if streams else None
+  y = _mix(z, state["memory"], weight, bias, state["length"], segment_ids, call)
+  return y, state_after(state, z, segment_ids) if streams else None
+
+
+def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
+  """Those of each group, whether one sequence is given for all or one for each.
+
+  Raises:
+    ValueError: they are not whole numbers other than 0, or not one sequence a group.
+  """
+  each = tuple(offsets)
+  if not any(isinstance(of_group, Sequence) for of_group in each):
+    each = (each,) * groups
+  valid = len(each) == groups and len({len(of_group) for of_group in each}) == 1
+  if not valid or not each[0] or not all(isinstance(d, int) and d for g in each for d in g):
+    raise ValueError(
+      f"grassmann_mix: offsets={tuple(offsets)}, expected whole numbers other than 0, since a token "
+      f"spans no plane with itself; or such a sequence for each of {groups} groups, all of one "
+      "length; give at least one, such as (1,)"
+    )
+  return tuple(map(tuple, each))
 
 
 def grassmann_state(
@@ -103,7 +124,7 @@ def grassmann_state(
     dtype: of z; float64 for computing in it.
   """
   groups = (1, *shape)[-2:]
-  rows = max(0, *offsets)
+  rows = max(0, *map(max, offsets_of_groups(offsets, groups[0])))
   return {
     "memory": jnp.zeros((batch, rows, *groups), dtype),
     "length": jnp.zeros(batch, jnp.int32),
@@ -123,18 +144,13 @@ def check_arrays(z, weight, bias, offsets, state, segment_ids, normalization) ->
       f"grassmann_mix: weight has {weight.shape[0]} rows, expected {groups * math.comb(rank, 2)}, "
       f"one for each pair of the {rank} channels in each of {groups} groups"
     )
-  if not offsets or any(not isinstance(d, int) or d == 0 for d in offsets):
-    raise ValueError(
-      f"grassmann_mix: offsets={offsets}, expected whole numbers other than 0: a token spans no "
-      "plane with itself; give at least one, such as (1,)"
-    )
   if state is not None:
-    if min(offsets) < 0:
+    if min(map(min, offsets)) < 0:
       raise ValueError(
         f"grassmann_mix: offsets={offsets} point to later tokens too, which a stream does not have "
         "yet; use offsets above 0, or no state"
       )
-    shape = (z.shape[0], max(offsets), groups, rank)
+    shape = (z.shape[0], max(map(max, offsets)), groups, rank)
     if state["memory"].shape != shape or state["length"].shape != shape[:1]:
       raise ValueError(
         f"grassmann_mix: the state has memory {list(state['memory'].shape)} and length "
@@ -162,7 +178,7 @@ def state_after(state, z, segment_ids) -> dict[str, jax.Array]:
 class _Call(NamedTuple):
   """What a call fixes besides its arrays."""
 
-  offsets: tuple[int, ...]
+  offsets: plucker.Offsets
   eps: float
   normalization: str
   implementation: str | None

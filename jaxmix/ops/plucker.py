@@ -14,7 +14,6 @@ product by Lagrange's identity cancels where vectors are nearly parallel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,6 +26,9 @@ from pallas_kernels.grassmann.reference import RELATIVE_EPS, pairs_of
 TINY = 1e-36  # a squared norm below it is that of a zero vector
 
 
+Offsets = tuple[tuple[int, ...], ...]  # of each head, as many of each
+
+
 class Reach(NamedTuple):
   """How many tokens of its document stand before and behind each token: [B, T] int32, at padding
   -1."""
@@ -34,13 +36,14 @@ class Reach(NamedTuple):
   back: jax.Array
   ahead: jax.Array
 
-  def has(self, offset) -> jax.Array:
-    """[B, T], whether the partner at an offset exists."""
-    return jnp.where(offset > 0, self.back >= offset, self.ahead >= -offset)
+  def has(self, offsets) -> jax.Array:
+    """[B, T, H], whether the partner at an offset, one a head, exists."""
+    back, ahead = self.back[..., None], self.ahead[..., None]
+    return jnp.where(offsets > 0, back >= offsets, ahead >= -offsets)
 
-  def partners(self, offsets: Sequence[int]) -> jax.Array:
-    """[B, T] int32, how many there are."""
-    return sum(self.has(offset).astype(jnp.int32) for offset in offsets)
+  def partners(self, offsets: Offsets) -> jax.Array:
+    """[B, T, H] int32, how many there are."""
+    return sum(self.has(each).astype(jnp.int32) for each in jnp.asarray(offsets, jnp.int32).T)
 
 
 def reach_of(segment_ids, first, length: int) -> Reach:
@@ -58,13 +61,13 @@ def forward(z, before, weight, bias, reach: Reach, **options):
   """[B, T, D], see `grassmann_mix`."""
   pairs = Pairs(z, before, reach, **options)
   y = project(*pairs.directions(), weight)
-  return with_bias(y, bias, reach.partners(pairs.offsets) > 0)
+  return with_bias(y, bias, reach.partners(pairs.offsets).any(-1))
 
 
 def backward(z, before, weight, bias, reach: Reach, dy, **options):
   """Gradients of `forward` with respect to z, before, weight and bias."""
   pairs = Pairs(z, before, reach, **options)
-  dy = jnp.where((reach.partners(pairs.offsets) > 0)[..., None], dy, 0)
+  dy = jnp.where(reach.partners(pairs.offsets).any(-1)[..., None], dy, 0)
   da, db, dweight = _project_backward((*pairs.directions(), weight), dy)
   dbias = jnp.sum(dy.astype(da.dtype), (0, 1)).astype(bias.dtype)
   return *pairs.gradients(da, db), dweight, dbias
@@ -172,36 +175,45 @@ class Pairs:
 
   Args:
     z: [B, T, H, R].   before: [B, M, H, R], tokens before the first.   reach: which partners exist.
-    offsets, eps, normalization: see `grassmann_mix`.
+    offsets: of each head.   eps, normalization: see `grassmann_mix`.
   """
 
-  def __init__(self, z, before, reach: Reach, *, offsets, eps: float, normalization: str):
+  def __init__(self, z, before, reach: Reach, *, offsets: Offsets, eps: float, normalization: str):
     self._z, self._reach, self.offsets = z, reach, offsets
     self._norm = Norm(eps=eps, normalization=normalization)
-    self._earlier, later = before.shape[1], max(0, -min(offsets))
+    self._earlier, later = before.shape[1], max(0, -min(map(min, offsets)))
     self._rows = jnp.pad(jnp.concatenate([before, z], 1), ((0, 0), (0, later), (0, 0), (0, 0)))
-    self.count = jnp.maximum(reach.partners(offsets), 1)[..., None, None].astype(z.dtype)
+    self.count = jnp.maximum(reach.partners(offsets), 1)[..., None].astype(z.dtype)
 
-  def _at(self, x, offset) -> jax.Array:
-    """The rows of x that stand `offset` before the tokens."""
-    return jax.lax.dynamic_slice_in_dim(x, self._earlier - offset, self._z.shape[1], axis=1)
+  def _shift(self, rows, offsets, update=None):
+    """The rows that stand `offsets` [H] before the tokens; or all rows with these replaced."""
+    alike = len(set(self.offsets)) == 1
+    parts = []
+    for head in range(1 if alike else len(self.offsets)):
+      mine = slice(None) if alike else slice(head, head + 1)
+      start, of = self._earlier - offsets[head], rows[:, :, mine]
+      if update is None:
+        parts.append(jax.lax.dynamic_slice_in_dim(of, start, self._z.shape[1], axis=1))
+      else:
+        parts.append(jax.lax.dynamic_update_slice_in_dim(of, update[:, :, mine], start, axis=1))
+    return jnp.concatenate(parts, 2)
 
-  def _partner(self, token: Token, offset) -> Partner:
-    v = self._at(self._rows, offset)
-    return self._norm.partner(token, v, self._reach.has(offset)[..., None, None])
+  def _partner(self, token: Token, offsets) -> Partner:
+    exists = self._reach.has(offsets)[..., None]
+    return self._norm.partner(token, self._shift(self._rows, offsets), exists)
 
   def _for_each_offset(self, step, start):
-    """step(carry, offset) -> carry, one after the other: of an unrolled loop a compiler keeps what
-    it makes of each offset until the last."""
-    offsets = jnp.array(self.offsets, jnp.int32)
-    return jax.lax.scan(lambda carry, offset: (step(carry, offset), None), start, offsets)[0]
+    """step(carry, offsets) -> carry, with one offset a head, one after the other: of an unrolled
+    loop a compiler keeps what it makes of each until the last."""
+    each = jnp.array(self.offsets, jnp.int32).T
+    return jax.lax.scan(lambda carry, offsets: (step(carry, offsets), None), start, each)[0]
 
   def directions(self) -> tuple[jax.Array, jax.Array]:
     """[B, T, H, R] twice, a and b: `wedge(a, b)` is the mean of the normalised wedge products."""
     token = self._norm.token(self._z)
 
-    def add(total, offset):
-      return total + self._partner(token, offset).direction
+    def add(total, offsets):
+      return total + self._partner(token, offsets).direction
 
     return token.unit, self._for_each_offset(add, jnp.zeros_like(self._z)) / self.count
 
@@ -213,9 +225,9 @@ class Pairs:
     """
     token, db = self._norm.token(self._z), db / self.count
 
-    def add(sums, offset):
+    def add(sums, offsets):
       da, held, drows = sums
-      pair = self._partner(token, offset)
+      pair = self._partner(token, offsets)
       along_b = _dot(db, pair.direction)
       turned = along_b * (1 - pair.share) if self._norm.clamps else along_b
       drejection = pair.scale * (db - turned * pair.direction)
@@ -223,15 +235,13 @@ class Pairs:
       dv = drejection + dalong * token.unit
       dv = dv - (self._norm.relative * pair.scale) ** 2 * along_b * pair.v
       da = da + dalong * pair.v - pair.along * drejection
-      dv = dv + self._at(drows, offset)
-      start = self._earlier - offset
-      drows = jax.lax.dynamic_update_slice_in_dim(drows, dv, start, axis=1)
+      drows = self._shift(drows, offsets, self._shift(drows, offsets) + dv)
       return da, held + pair.share * along_b, drows
 
     start = da, jnp.zeros_like(token.floor), jnp.zeros_like(self._rows)
     da, held, drows = self._for_each_offset(add, start)
     dz = token.inverse * (da + (held - _dot(token.unit, da)) * token.unit)
-    return dz + self._at(drows, 0), drows[:, : self._earlier]
+    return dz + drows[:, self._earlier :][:, : self._z.shape[1]], drows[:, : self._earlier]
 
 
 def _dot(x, y):

@@ -15,7 +15,7 @@ class Case:
   Attributes:
     name: unique.
     batch, length, rank, channels: B, T, R, D.
-    offsets: how many tokens back the partners of a token stand.
+    offsets: how many tokens back the partners of a token stand; or such a tuple for each group.
     heads: H, groups of R channels with planes of their own.
     segments: for each row the (id, length) of its documents, 0 being padding; None means one
       document a row.
@@ -30,7 +30,7 @@ class Case:
   length: int
   rank: int
   channels: int
-  offsets: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
+  offsets: tuple = (1, 2, 4, 8, 12, 16)
   heads: int = 1
   segments: tuple[tuple[tuple[int, int], ...], ...] | None = None
   normalization: str = "safe"
@@ -83,6 +83,10 @@ CASES = (
   Case("packed_clamp", 2, 300, 32, 48, segments=PACKED, normalization="clamp"),
   Case("padded", 2, 300, 12, 24, segments=PADDED),
   Case("odd_rank", 2, 300, 7, 40),
+  Case("groups", 2, 300, 8, 40, heads=3, segments=PACKED),
+  Case(
+    "offsets_of_groups", 2, 300, 8, 40, heads=3, offsets=((1, 4), (2, 2), (5, 9)), segments=PADDED
+  ),
   Case("smallest_rank", 2, 200, 4, 130),
   Case("largest_rank", 1, 150, 128, 136),
 )

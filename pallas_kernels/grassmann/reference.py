@@ -51,7 +51,7 @@ def grassmann_mix(
   count,
   segment_ids,
   *,
-  offsets: Sequence[int],
+  offsets: Sequence[Sequence[int]],
   eps: float = 1e-8,
   normalization: str = "safe",
 ):
@@ -68,7 +68,8 @@ def grassmann_mix(
       exist.
     segment_ids: [B, T] int32; a change starts a document. 0 is padding: it pairs with nothing and
       gives 0.
-    offsets: whole numbers, at most M; below 0 they point to later tokens.
+    offsets: of each group, as many of each: whole numbers, at most M; below 0 they point to later
+      tokens.
     eps, normalization: see `plucker`.
   Returns:
     [B, T, D], in float32, or in float64 where the inputs are.
@@ -93,19 +94,20 @@ def grassmann_mix(
   )
   documents = documents.at[rows, place].set(jnp.where(live, document, -1))
 
-  total, found = 0.0, jnp.zeros((batch, length), jnp.int32)
-  for offset in offsets:
-    partner = place - offset
+  total, found, group = 0.0, 0, jnp.arange(z.shape[2])
+  for of_groups in zip(*offsets, strict=True):
+    partner = place[..., None] - jnp.array(of_groups)  # [B, T, H]
     inside = (partner >= 0) & (partner < earlier + length)
     partner = jnp.clip(partner, 0, earlier + length - 1)
-    valid = live & inside & (documents[rows, partner] == document)
-    v = tokens[rows, partner]
+    same = documents[rows[..., None], partner] == document[..., None]
+    valid = live[..., None] & inside & same
+    v = tokens[rows[..., None], partner, group]
     p = plucker(jnp.where(live[..., None, None], z, 0), v, eps=eps, normalization=normalization)
-    total = total + jnp.where(valid[..., None, None], p, 0)
+    total = total + jnp.where(valid[..., None], p, 0)
     found = found + valid
-  mean = total / jnp.maximum(found, 1)[..., None, None]
+  mean = total / jnp.maximum(found, 1)[..., None]
   g = mean.reshape(batch, length, -1) @ weight + bias
-  return jnp.where((found > 0)[..., None], g, 0)
+  return jnp.where(found.any(-1, keepdims=True), g, 0)
 
 
 def _documents(segment_ids):

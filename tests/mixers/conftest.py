@@ -109,8 +109,8 @@ def band(width: int) -> Callable[[int], int]:
 _LAWS_OF_STREAMS = ("split", "split_packed", "step", "causality", "streaming")
 _WHOLE_ROW = "every token sees the later ones"
 _PARALLEL_OR_SATURATED = (
-  "tiny inputs leave the bias of the states, parallel vectors; huge ones a gate that turns on their "
-  "last digits"
+  "tiny inputs leave the bias of the states, parallel vectors; huge ones a gate that turns on "
+  "their last digits"
 )
 _COUNTS_PADDING = "without a state, padding inside a document counts towards the window"
 
@@ -154,6 +154,8 @@ CASES = [
   recurrent("grassmann_offsets", Grassmann, (8 + 20 + 3 * 32) * DIM, 20 * 3 // 2, rank=8, heads=2,
             offsets=(1, 2, 5, 17), affine=True, gate="product", norm=True, unpaired="bias",
             output_projection=True),
+  recurrent("grassmann_heads", Grassmann, (8 + 12 + 32) * DIM, 12 * 3 // 2, rank=8, heads=2,
+            schedule=((2, 7),), gate="none", output_projection=True),
   recurrent("grassmann_learned", Grassmann, (8 + 28 + 2 * 32) * DIM, 28 * 3 // 2, rank=8,
             offsets=(1, 5), learned_reach=9, window="gauss", norm=True,
             exceptions={"definition": "learnt offsets have one implementation",

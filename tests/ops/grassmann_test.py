@@ -48,8 +48,9 @@ def test_definition(case, float64, close, tolerance):
   """One wedge product with the mean rejection is the mean of all wedge products: values, gradients,
   the state, in rows that go on from states of which not all tokens exist."""
   random = np.random.default_rng(2)
-  memory = random.normal(size=(case.batch, max(case.offsets), case.heads, case.rank))
-  length = np.array([max(case.offsets) // 2, 1000], np.int32)[: case.batch]
+  state = ops.grassmann_state(case.batch, case.offsets, (case.heads, case.rank), jnp.float64)
+  memory = random.normal(size=state["memory"].shape)
+  length = np.array([memory.shape[1] // 2, 1000], np.int32)[: case.batch]
   y = random.normal(size=(case.batch, case.length, case.channels))
   found, expected = (
     everything(
@@ -175,12 +176,13 @@ def test_memory_does_not_grow_with_offsets():
     ),
     ({"weight": (27, 16)}, "weight has 27 rows, expected 28, one for each pair of the 8 channels"),
     ({"bias": (8,)}, "have shapes (2, 12, 8), (28, 16), (8,)"),
-    ({"offsets": ()}, "offsets=(), expected whole numbers other than 0: a token spans no plane"),
+    ({"offsets": ()}, "offsets=(), expected whole numbers other than 0, since a token spans no"),
+    ({"offsets": ((1,), (2,))}, "offsets=((1,), (2,)), expected whole numbers other than 0"),
     ({"offsets": (1, 0)}, "offsets=(1, 0), expected whole numbers other than 0"),
     ({"normalization": "l2"}, "normalization='l2' is unknown; expected one of safe, smooth, clamp"),
     ({"segment_ids": (2, 11)}, "segment_ids is int32[2, 11], expected int32[2, 12]"),
     ({"state": (3,)}, "the state has memory [2, 3, 1, 8] and length [2], expected [2, 2, 1, 8]"),
-    ({"state": (2,), "offsets": (-1, 2)}, "offsets=(-1, 2) point to later tokens too"),
+    ({"state": (2,), "offsets": (-1, 2)}, "offsets=((-1, 2),) point to later tokens too"),
     ({"implementation": "cuda"}, "implementation='cuda' is unknown"),
   ],
 )
