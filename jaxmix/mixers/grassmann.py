@@ -110,8 +110,8 @@ class Grassmann(nnx.Module):
     )
     if learned_reach is not None and any(isinstance(d, Sequence) for d in self.offsets):
       raise ValueError(
-        f"Grassmann: learned_reach={learned_reach} with one offset a head, expected the same for all "
-        "heads; set learned_reach=None, or one number a layer in the schedule"
+        f"Grassmann: learned_reach={learned_reach} with one offset a head, expected the same for "
+        "all heads; set learned_reach=None, or one number a layer in the schedule"
       )
     self.learned = (
       None

@@ -107,8 +107,8 @@ def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
   valid = len(each) == groups and len({len(of_group) for of_group in each}) == 1
   if not valid or not each[0] or not all(isinstance(d, int) and d for g in each for d in g):
     raise ValueError(
-      f"grassmann_mix: offsets={tuple(offsets)}, expected whole numbers other than 0, since a token "
-      f"spans no plane with itself; or such a sequence for each of {groups} groups, all of one "
+      f"grassmann_mix: offsets={tuple(offsets)}, expected whole numbers other than 0, since a "
+      f"token spans no plane with itself; or such a sequence for each of {groups} groups, all of one "
       "length; give at least one, such as (1,)"
     )
   return tuple(map(tuple, each))

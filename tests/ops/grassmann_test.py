@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_offsets():
     ),
     ({"weight": (27, 16)}, "weight has 27 rows, expected 28, one for each pair of the 8 channels"),
     ({"bias": (8,)}, "have shapes (2, 12, 8), (28, 16), (8,)"),
-    ({"offsets": ()}, "offsets=(), expected whole numbers other than 0, since a token spans no"),
+    ({"offsets": ()}, "offsets=(), expected whole numbers other than 0, since a token"),
     ({"offsets": ((1,), (2,))}, "offsets=((1,), (2,)), expected whole numbers other than 0"),
     ({"offsets": (1, 0)}, "offsets=(1, 0), expected whole numbers other than 0"),
     ({"normalization": "l2"}, "normalization='l2' is unknown; expected one of safe, smooth, clamp"),
