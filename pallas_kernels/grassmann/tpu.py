@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -110,11 +111,15 @@ def backward(z, before, weight, reach, dy, *, offsets, eps, normalization, token
     cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=1),
     name="grassmann_backward",
     interpret=interpret,
-  )(zt, zt, at.padded_reach(reach), at.padded_before(before), _circulant(weight, bias, sizes), dy)
+  )(zt, [zt] * len(at.z_before), at.padded_reach(reach), at.padded_before(before), _circulant(weight, bias, sizes), dy)
   dz, dbefore = (jnp.swapaxes(x.sum(0), 1, 2)[:, :, :rank] for x in (dz, dbefore))
   dbefore = dbefore[:, sizes.halo - before.shape[1]:]
   dweight, dbias = _of_circulant(dw[:, : weight.shape[1]], sizes)
   return dz[:, :length], dbefore, dweight, dbias
+
+
+def _window_before(block, step, back, j, b, n):
+  return b, 0, jnp.maximum(block(n) * step - back, 0)
 
 
 class _Windows:
@@ -125,9 +130,12 @@ class _Windows:
     tokens, columns, rank, halo = blocks.tokens, blocks.columns, sizes.channels, sizes.halo
     self.grid = (pl.cdiv(sizes.width, columns), batch, pl.cdiv(sizes.length, tokens))
     self.z = pl.BlockSpec((1, rank, tokens), lambda j, b, n: (b, 0, block(n)))
-    self.z_before = pl.BlockSpec(
-      (1, rank, pl.Element(halo)),
-      lambda j, b, n: (b, 0, pl.multiple_of(jnp.maximum(block(n) * tokens - halo, 0), LANES)))
+    # The tokens before a block, as wide windows as both divide into.
+    wide = math.gcd(tokens, halo)
+    self.z_before = [
+      pl.BlockSpec((1, rank, wide), functools.partial(_window_before, block, tokens // wide, i))
+      for i in range(halo // wide, 0, -1)
+    ]
     self.reach = pl.BlockSpec((1, 1, tokens), lambda j, b, n: (b, 0, block(n)))
     self.before = pl.BlockSpec((1, rank, halo), lambda j, b, n: (b, 0, 0))
     self.weight = pl.BlockSpec((sizes.pairs, columns), lambda j, b, n: (0, j))
@@ -293,7 +301,7 @@ def _forward_kernel(z_ref, reach_ref, before_ref, w_ref, y_ref, rows_ref, u_refs
   rows_ref[:, :halo] = rows_ref[:, blocks.tokens :]
 
 
-def _backward_kernel(z_ref, z_before_ref, reach_ref, before_ref, w_ref, dy_ref, dz_ref, dbefore_ref,
+def _backward_kernel(z_ref, z_before_refs, reach_ref, before_ref, w_ref, dy_ref, dz_ref, dbefore_ref,
                      dw_ref, rows_ref, pending_ref, u_refs, q_refs, p_refs, keep_refs, pt_ref, dym_ref, dp_refs, *,
                      mean, blocks, length, width):
   halo, pairs = before_ref.shape[2], w_ref.shape[0]
@@ -319,13 +327,18 @@ def _backward_kernel(z_ref, z_before_ref, reach_ref, before_ref, w_ref, dy_ref, 
 
   rows_ref[:, halo:] = z_ref[0]
 
-  @pl.when(step == last)
-  def _():
-    rows_ref[:, :halo] = before_ref[0]
+  wide = z_before_refs[0].shape[2]
+  for place, window_ref in enumerate(z_before_refs):
+    lanes = pl.ds(place * wide, wide)
+    token = (last - step) * tokens - halo + place * wide
 
-  @pl.when(step != last)
-  def _():
-    rows_ref[:, :halo] = z_before_ref[0]
+    @pl.when(token < 0)
+    def _(lanes=lanes, token=token):
+      rows_ref[:, lanes] = before_ref[0, :, pl.ds(pl.multiple_of(token + halo, LANES), wide)]
+
+    @pl.when(token >= 0)
+    def _(lanes=lanes, window_ref=window_ref):
+      rows_ref[:, lanes] = window_ref[0]
 
   for gfirst in range(tokens - group, -1, -group):
     here = pl.ds(gfirst, group)
