@@ -105,7 +105,7 @@ def backward(z, before, weight, reach, dy, *, offsets, eps, normalization, token
       at.per_chunk(len(offsets) * ch),
       pltpu.VMEM((sizes.pairs, blocks.tokens), weight.dtype),
       pltpu.VMEM((blocks.tokens, blocks.columns), weight.dtype),
-      [pltpu.VMEM((tall, group), f32)] * 2,
+      [pltpu.VMEM((tall, LANES), f32)] * (2 * group // LANES),
     ],
     compiler_params=at.compiler_params("arbitrary"),
     cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=1),
@@ -359,17 +359,19 @@ def _backward_kernel(z_ref, z_before_refs, reach_ref, before_ref, w_ref, dy_ref,
           keep = mask & (lane + column + pl.program_id(0) * columns < width)
         dym_ref[pl.ds(first, LANES), cols] = jnp.where(keep, dy, jnp.zeros_like(dy))
     dp = dot(w_ref[...], dym_ref[here], (1, 1))
-    dp_ref = dp_refs[gfirst // group % 2]
-    for k in range(ch // 2):
-      dp_ref[pl.ds(k * (ch + ROWS), ch)] = dp[k * ch : k * ch + ch]
-      dp_ref[pl.ds(k * (ch + ROWS) + ch, ROWS)] = dp[k * ch : k * ch + ROWS]
+    for first in xs:
+      dp_ref = dp_refs[first // LANES % len(dp_refs)]
+      of = slice(first - gfirst, first - gfirst + LANES)
+      for k in range(ch // 2):
+        dp_ref[pl.ds(k * (ch + ROWS), ch)] = dp[k * ch : k * ch + ch, of]
+        dp_ref[pl.ds(k * (ch + ROWS) + ch, ROWS)] = dp[k * ch : k * ch + ROWS, of]
+    for column in range(0, columns, 256):
+      cols = pl.ds(column, min(256, columns - column))
+      dw_ref[:, cols] += dot(pt_ref[:, here], dym_ref[here, cols], (1, 0))
     for first, x in xs.items():
       turn = first // LANES % 2
-      du, dq = _unwedge(x, u_refs[turn], q_refs[turn], dp_ref, pl.ds(first - gfirst, LANES))
+      du, dq = _unwedge(x, u_refs[turn], q_refs[turn], dp_refs[first // LANES % len(dp_refs)])
       _pull(x, du, dq, keep_refs[turn], pending_ref, halo + first, mean)
-  for column in range(0, columns, 256):
-    cols = pl.ds(column, min(256, columns - column))
-    dw_ref[:, cols] += dot(pt_ref[...], dym_ref[:, cols], (1, 0))
 
   dz_ref[0, 0] = pending_ref[:, halo:]
 
@@ -378,15 +380,15 @@ def _backward_kernel(z_ref, z_before_refs, reach_ref, before_ref, w_ref, dy_ref,
     dbefore_ref[0, 0] = pending_ref[:, :halo]
 
 
-def _unwedge(x, u_ref, q_ref, dp_ref, lanes):
+def _unwedge(x, u_ref, q_ref, dp_ref):
   ch = x.u.shape[0]
   du = dq = 0.0
   row = jax.lax.broadcasted_iota(jnp.int32, x.u.shape, 0)
   for k in range(1, ch // 2 + 1):
     base = (k - 1) * (ch + ROWS)
-    dp = dp_ref[pl.ds(base, ch), lanes]
+    dp = dp_ref[pl.ds(base, ch)]
     back = jnp.concatenate(
-      [dp_ref[pl.ds(base + (first - k) % ch, ROWS), lanes] for first in range(0, ch, ROWS)])
+      [dp_ref[pl.ds(base + (first - k) % ch, ROWS)] for first in range(0, ch, ROWS)])
     if k == ch // 2:
       dp = jnp.where(row < k, dp, 0)
       back = jnp.where(row >= k, back, 0)
@@ -405,7 +407,7 @@ def _pull(x, du, dq, keep_ref, pending_ref, first, mean):
   def receive(place, value):
     received[place] = received[place] + value if place in received else value
 
-  across, radial = 0.0, 0.0
+  mixed, across, radial = 0.0, 0.0, 0.0
   for number, (d, (along, scale, free)) in enumerate(zip(mean.offsets, x.terms, strict=True)):
     w = keep_ref[pl.ds(number * ch, ch)]
     meets = scale * _sum_rows(w * g)
@@ -417,7 +419,8 @@ def _pull(x, du, dq, keep_ref, pending_ref, first, mean):
     else:
       radial = radial + e
       dv = scale * g - (e * (1 + RELATIVE_EPS**2)) * w - (e * along * RELATIVE_EPS**2) * x.u
-    across = across + (along * scale) * g - (along * e) * w
+    mixed = mixed + along * scale
+    across = across + (along * e) * w
     whole, part = divmod(d, LANES)
     if part:
       dv = pltpu.roll(dv, LANES - part, 1)
@@ -426,7 +429,7 @@ def _pull(x, du, dq, keep_ref, pending_ref, first, mean):
     else:
       receive(whole, dv)
   radial = radial * (x.inverse if mean.normalization == "clamp" else x.floor * x.inverse)
-  du = du - across
+  du = du - mixed * g + across
   dz = x.inverse * (du - x.u * _sum_rows(x.u * du)) + radial * x.u
   receive(0, dz)
   for place, value in received.items():
