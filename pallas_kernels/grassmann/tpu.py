@@ -55,24 +55,41 @@ def forward(z, before, weight, bias, reach, *, offsets, eps, normalization, toke
             interpret=False):
   sizes = Sizes.of(z, weight, offsets)
   blocks = choose_blocks(sizes, tokens)
-  at = _Windows(sizes, blocks, z.shape[0], lambda n: n)
-  columns, rank = blocks.columns, sizes.channels
+  tokens, columns, rank, batch = blocks.tokens, blocks.columns, sizes.channels, z.shape[0]
+  at = _Windows(sizes, blocks, batch, lambda n: n)
+  per_row = at.grid[2]
+  total = batch * per_row
+  now = lambda s: divmod_(jnp.minimum(s, total - 1), per_row)
+  past = lambda s: divmod_(jnp.maximum(s - 1, 0), per_row)
+  count = tokens // LANES
   return pl.pallas_call(
-    functools.partial(_forward_kernel, mean=_Mean(tuple(offsets), eps, normalization), blocks=blocks),
-    grid=at.grid,
-    in_specs=[at.z, at.reach, at.before, at.weight],
-    out_specs=at.y,
+    functools.partial(_forward_kernel, mean=_Mean(tuple(offsets), eps, normalization), blocks=blocks, per_row=per_row),
+    grid=(at.grid[0], total + 1),
+    in_specs=[
+      pl.BlockSpec((1, rank, tokens), lambda j, s: (now(s)[0], 0, now(s)[1])),
+      pl.BlockSpec((1, 1, tokens), lambda j, s: (now(s)[0], 0, now(s)[1])),
+      pl.BlockSpec((1, rank, sizes.halo), lambda j, s: (now(s)[0], 0, 0)),
+      pl.BlockSpec((sizes.pairs, columns), lambda j, s: (0, j)),
+      ],
+    out_specs=pl.BlockSpec((1, tokens, columns), lambda j, s: (*past(s), j)),
     out_shape=jax.ShapeDtypeStruct((*z.shape[:2], weight.shape[1]), weight.dtype),
     scratch_shapes=[
       pltpu.VMEM((rank, sizes.halo + blocks.tokens), jnp.float32),
-      at.per_chunk(2 * rank), at.per_chunk(2 * rank), at.per_chunk(sizes.pairs),
-      pltpu.VMEM((blocks.tokens, sizes.pairs), weight.dtype),
+      [pltpu.VMEM((2 * rank, LANES), jnp.float32)] * count, 
+      [pltpu.VMEM((2 * rank + ROWS, LANES), jnp.float32)] * count, at.per_chunk(sizes.pairs),
+      pltpu.VMEM((blocks.tokens, sizes.pairs), jnp.float32),
     ],
-    compiler_params=at.compiler_params("parallel"),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"),
+      vmem_limit_bytes=vmem_limit(blocks, sizes)),
     cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=1),
     name="grassmann_forward",
     interpret=interpret,
   )(at.padded(z), at.padded_reach(reach), at.padded_before(before), _circulant(weight, bias, sizes))
+
+
+def divmod_(a, b):
+  return a // b, a % b
 
 
 def backward(z, before, weight, reach, dy, *, offsets, eps, normalization, tokens=None,
@@ -101,7 +118,7 @@ def backward(z, before, weight, reach, dy, *, offsets, eps, normalization, token
     scratch_shapes=[
       pltpu.VMEM((ch, sizes.halo + blocks.tokens), f32),  # z
       pltpu.VMEM((ch, sizes.halo + blocks.tokens), f32),  # pending
-      at.per_chunk(2 * ch), at.per_chunk(2 * ch), at.per_chunk(sizes.pairs),
+      at.per_chunk(2 * ch), at.per_chunk(2 * ch + ROWS), at.per_chunk(sizes.pairs),
       at.per_chunk(len(offsets) * ch),
       pltpu.VMEM((sizes.pairs, blocks.tokens), weight.dtype),
       pltpu.VMEM((blocks.tokens, blocks.columns), weight.dtype),
@@ -257,47 +274,61 @@ class _Directions:
     self.floor = floor
 
 
-def _wedge(u, q, u_ref, q_ref, p_ref, live):
+def _keep_twice(x, u_ref, q_ref):
+  rows = x.u.shape[0]
+  for ref, value in ((u_ref, x.u), (q_ref, x.q)):
+    ref[:rows] = value
+    ref[rows : 2 * rows] = value
+  q_ref[2 * rows :] = jnp.broadcast_to(x.live.astype(jnp.float32), (ROWS, LANES))
+
+
+def _wedge(u_ref, q_ref, p_ref):
   """Writes û ^ q."""
-  rows = u.shape[0]
-  u_ref[:rows] = u
-  u_ref[rows:] = u
-  q_ref[:rows] = q
-  q_ref[rows:] = q
+  rows = u_ref.shape[0] // 2
+  u, q = u_ref[:rows], q_ref[:rows]
   for k in range(1, rows // 2 + 1):
     p = u * q_ref[pl.ds(k, rows)] - u_ref[pl.ds(k, rows)] * q
     if k == rows // 2:
       row = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0)
-      p = jnp.where(row < rows // 2, p, live.astype(jnp.float32))
+      live = jnp.concatenate([q_ref[2 * rows :]] * (rows // ROWS))
+      p = jnp.where(row < rows // 2, p, live)
     p_ref[pl.ds((k - 1) * rows, rows)] = p
 
 
 def _forward_kernel(z_ref, reach_ref, before_ref, w_ref, y_ref, rows_ref, u_refs, q_refs, p_refs,
-                    t_ref, *, mean, blocks):
-  halo, pairs = before_ref.shape[2], w_ref.shape[0]
+                    t_ref, *, mean, blocks, per_row):
+  """Projects the pairs of the block before, of which u_refs and q_refs tell, and then makes those
+  of this block."""
+  halo, pairs, ch = before_ref.shape[2], w_ref.shape[0], z_ref.shape[1]
 
-  @pl.when(pl.program_id(2) == 0)
+  @pl.when(pl.program_id(1) % per_row == 0)
   def _():
     rows_ref[:, :halo] = before_ref[0]
     for p_ref in p_refs:
-      p_ref[...] = jnp.zeros_like(p_ref)
+      if ch * ch // 2 < pairs:
+        p_ref[pl.ds(ch * ch // 2, pairs - ch * ch // 2)] = jnp.zeros((pairs - ch * ch // 2, LANES), jnp.float32)
 
-  rows_ref[:, halo:] = z_ref[0]
   for first in range(0, blocks.tokens, LANES):
     here = pl.ds(first, LANES)
-    turn = first // LANES % 2
-    x = _Directions(rows_ref, halo + first, reach_ref[0, :, here], mean)
-    p_ref = p_refs[turn]
-    _wedge(x.u, x.q, u_refs[turn], q_refs[turn], p_ref, x.live)
+    number = first // LANES
+    u_ref, q_ref, p_ref = u_refs[number], q_refs[number], p_refs[number % len(p_refs)]
+    _wedge(u_ref, q_ref, p_ref)
     for row in range(0, pairs, LANES):
-      t_ref[here, pl.ds(row, LANES)] = p_ref[pl.ds(row, LANES)].T.astype(t_ref.dtype)
+      t_ref[here, pl.ds(row, LANES)] = p_ref[pl.ds(row, LANES)].T
     done = first + LANES
     if done % blocks.group == 0:
       group = pl.ds(done - blocks.group, blocks.group)
       step = min(256, blocks.columns)
+      x = t_ref[group].astype(w_ref.dtype)
       for column in range(0, blocks.columns, step):
         cols = pl.ds(column, step)
-        y_ref[0, group, cols] = dot(t_ref[group], w_ref[:, cols], (1, 0)).astype(y_ref.dtype)
+        y_ref[0, group, cols] = dot(x, w_ref[:, cols], (1, 0)).astype(y_ref.dtype)
+
+  rows_ref[:, halo:] = z_ref[0]
+  for first in range(0, blocks.tokens, LANES):
+    here = pl.ds(first, LANES)
+    x = _Directions(rows_ref, halo + first, reach_ref[0, :, here], mean)
+    _keep_twice(x, u_refs[first // LANES], q_refs[first // LANES])
   rows_ref[:, :halo] = rows_ref[:, blocks.tokens :]
 
 
@@ -347,7 +378,8 @@ def _backward_kernel(z_ref, z_before_refs, reach_ref, before_ref, w_ref, dy_ref,
       turn = first // LANES % 2
       reach = reach_ref[0, :, pl.ds(first, LANES)]
       x = xs[first] = _Directions(rows_ref, halo + first, reach, mean, keep_refs[turn])
-      _wedge(x.u, x.q, u_refs[turn], q_refs[turn], p_refs[turn], x.live)
+      _keep_twice(x, u_refs[turn], q_refs[turn])
+      _wedge(u_refs[turn], q_refs[turn], p_refs[turn])
       pt_ref[:, pl.ds(first, LANES)] = p_refs[turn][...].astype(pt_ref.dtype)
       mask = jnp.broadcast_to(x.live.astype(jnp.int32), (LANES, LANES)).T != 0
       for column in range(0, columns, LANES):
