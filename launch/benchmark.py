@@ -207,7 +207,7 @@ def _trainer(arguments: argparse.Namespace) -> Iterator[dict]:
   )
   data, mesh, batch_size = run.value("data"), run.value("mesh")(), run.value("batch_size")
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-    program, _ = abstract_run(run, mesh, vocab_size=data.vocab_size, length=data.length)
+    program, _ = abstract_run(run, mesh, outline=data.outline)
     state = program.init(0)
     batch = put_batch(next(data.batches("train", batch_size=batch_size, seed=0)), mesh)
     state, results = program.update(state, batch)

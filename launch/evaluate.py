@@ -10,8 +10,8 @@ from pathlib import Path
 
 import command_line
 
-DESCRIPTION = """Loss, perplexity and bits per byte of a trained model over a whole split of its
-data.
+DESCRIPTION = """Loss, perplexity and bits per byte of a trained language model over a whole split
+of its data; loss and accuracy of a classifier.
 
 Each row of the data is read by itself, as in training. With --carry_state the split is read as
 --batch_size long streams, the model's state carried from row to row: what a recurrent mixer gains
@@ -20,7 +20,8 @@ remembers at most Attention.max_length tokens of a stream."""
 
 EPILOG = f"""output:
   A line, or with --json an object: step, split, state ("fresh" or "carried"), loss (nats per
-  token), perplexity, bits_per_byte, targets (tokens predicted). The object is also appended to
+  token), perplexity, bits_per_byte, targets (tokens predicted). A classifier has step, split, loss
+  (nats per example), accuracy (from 0 to 1), targets (examples). The object is also appended to
   evaluations.jsonl in the work directory.
 
 {command_line.EXIT_CODES}
@@ -69,8 +70,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
       mesh=run.mesh,
       objective=run.configuration.value("objective"),
     )
-  state = "carried" if arguments.carry_state else "fresh"
-  row = {"step": run.step, "split": arguments.split, "state": state, **figures}
+  row = {"step": run.step, "split": arguments.split}
+  if "accuracy" not in figures:
+    row["state"] = "carried" if arguments.carry_state else "fresh"
+  row |= figures
   text = json.dumps(row)
   with open(Path(arguments.workdir).expanduser() / "evaluations.jsonl", "a") as notes:
     notes.write(text + "\n")
@@ -79,6 +82,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _line(row: dict) -> str:
+  if "accuracy" in row:
+    return (
+      f"step {row['step']}, {row['split']}: accuracy {row['accuracy']:.2%}, "
+      f"loss {row['loss']:.4f} nats/example over {row['targets']:,} examples"
+    )
   return (
     f"step {row['step']}, {row['split']}, {row['state']} state: "
     f"perplexity {row['perplexity']:.3f}, loss {row['loss']:.4f} nats/token, "

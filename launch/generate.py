@@ -64,7 +64,13 @@ def generate(arguments: argparse.Namespace) -> int:
   import jax
 
   from jaxmix import inference
+  from jaxmix.data import TextDataset
 
+  if not isinstance(run.data, TextDataset):
+    raise ValueError(
+      f"{arguments.workdir} holds a classifier, trained on a {type(run.data).__name__} — expected "
+      "a language model — see launch/evaluate.py for its accuracy"
+    )
   tokenizer = run.data.tokenizer
   ids = [tokenizer.encode(prompt) for prompt in prompts]
   # A model makes bytes that no character has; a terminal without U+FFFD shall show something too.

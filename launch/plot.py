@@ -9,8 +9,9 @@ from pathlib import Path
 
 import command_line
 
-DESCRIPTION = """Draws the perplexity of several runs over their steps, one curve a run, best first
-in the legend. The work directories are those of launch/train.py; their names are the labels."""
+DESCRIPTION = """Draws the perplexity of several runs over their steps, or the accuracy of
+classifiers, one curve a run, best first in the legend. The work directories are those of
+launch/train.py; their names are the labels."""
 
 EPILOG = f"""{command_line.EXIT_CODES}
 

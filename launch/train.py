@@ -1,4 +1,4 @@
-"""Trains a language model as a run file says. The manual: python launch/train.py --help"""
+"""Trains a model as a run file says. The manual: python launch/train.py --help"""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import command_line
 
-DESCRIPTION = """Trains a language model as a run file says, or goes on with the run that the work
-directory holds.
+DESCRIPTION = """Trains a language model or a classifier as a run file says, or goes on with the run
+that the work directory holds.
 
 a run file:
   gin: lines `name.parameter = value`, and `include` of other files. configs/runs/ holds whole
@@ -66,6 +66,7 @@ def options() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> int:
   """Trains, and says where things are; returns the exit code."""
   from jaxmix import configuration, training
+  from jaxmix.data import TextDataset
   from jaxmix.training.interruption import EXIT_CODE
   from jaxmix.training.run import SUPPLIED
 
@@ -87,9 +88,10 @@ def train(arguments: argparse.Namespace) -> int:
   print(
     f"trained {result.step} steps: checkpoints, metrics.jsonl and loss.png are in "
     f"{arguments.workdir}; next:\n"
-    f"  {command_line.command('evaluate.py', *workdir)}\n"
-    f"  {command_line.command('generate.py', *workdir, '--prompt', 'The ')}"
+    f"  {command_line.command('evaluate.py', *workdir)}"
   )
+  if isinstance(run.value("data"), TextDataset):
+    print(f"  {command_line.command('generate.py', *workdir, '--prompt', 'The ')}")
   return 0
 
 

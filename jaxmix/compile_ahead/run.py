@@ -15,6 +15,7 @@ from jaxmix import configuration, training
 from jaxmix.compile_ahead.process import Task
 from jaxmix.compile_ahead.report import Report
 from jaxmix.compile_ahead.targets import Target, target
+from jaxmix.data import Outline, text_outline
 from jaxmix.models import abstract_parameters
 from jaxmix.training.run import SUPPLIED, abstract_run
 
@@ -25,7 +26,7 @@ class Run:
 
   Attributes:
     gin_files, gin_params: as `launch/train.py` takes them.
-    vocab_size, length: used in place of the data's, which then need not be here; None asks the
+    vocab_size, length: used in place of the text's, which then need not be here; None asks the
       data.
   """
 
@@ -51,27 +52,35 @@ class Run:
   def model(self) -> tuple[nnx.GraphDef, dict, dict, nnx.Module]:
     """Graph, parameters and their axes as `jaxmix.models.abstract_parameters` has them, and the
     model that the first two make, without any array."""
-    vocab_size, _ = self.sizes()
-    factory = functools.partial(self.configuration().value("model"), vocab_size)
+    factory = functools.partial(self.configuration().value("model"), **self.outline().sizes)
     graph, parameters, axes = abstract_parameters(factory)
     return graph, parameters, axes, nnx.merge(graph, parameters)
 
-  def sizes(self) -> tuple[int, int]:
-    """(vocab_size, length).
+  def outline(self) -> Outline:
+    """That of the data.
 
     Raises:
       FileNotFoundError: the data is not here and its sizes were not given.
+      ValueError: the sizes of a text were given, and the data is none.
     """
     if self.vocab_size is not None and self.length is not None:
-      return self.vocab_size, self.length
+      return text_outline(self.vocab_size, self.length)
     try:
-      data = self.configuration().value("data")
+      outline = self.configuration().value("data").outline
     except OSError as error:
       raise FileNotFoundError(
         f"the data of this run is not here: {error} — expected it, or its sizes — "
         "give --vocab_size and --length to compile without it"
       ) from error
-    return self.vocab_size or data.vocab_size, self.length or data.length
+    if self.vocab_size is None and self.length is None:
+      return outline
+    if outline.unit != "tokens":
+      raise ValueError(
+        f"vocab_size={self.vocab_size}, length={self.length} for data that is labelled "
+        f"{outline.unit} — expected text — leave both out, so that the data is asked"
+      )
+    vocab_size = self.vocab_size or outline.sizes["vocab_size"]
+    return text_outline(vocab_size, self.length or outline.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +93,7 @@ class RunReport:
     parameter_bytes, optimizer_bytes: as they lie on the mesh; a moving average of the parameters
       counts to the optimizer.
     batch_bytes: of one device's rows.
-    tokens: of a step, over all devices.
+    tokens: positions of the rows of a step, over all devices; of images these are pixels.
     model_flops: of a step, over all devices: three times the forward pass, without what is computed
       again.
   """
@@ -151,7 +160,7 @@ def run_task(run: Run, target: str) -> Task:
 
 def run_report(run: Run, report: Report) -> RunReport:
   """The report of a run from that of its compiled step."""
-  _, length = run.sizes()
+  length = run.outline().length
   _, parameters, _, model = run.model()
   batch_size = run.configuration().value("batch_size")
   figures = report.figures
@@ -168,11 +177,10 @@ def run_report(run: Run, report: Report) -> RunReport:
 
 def _program(run: Run, chip: Target):
   """The step, its abstract arguments, the mesh, and bytes a device of each argument."""
-  vocab_size, length = run.sizes()
   settings = run.configuration()
   mesh = settings.value("mesh")(devices=chip.devices())
   with jax.set_mesh(mesh):
-    step, batch = abstract_run(settings, mesh, vocab_size=vocab_size, length=length)
+    step, batch = abstract_run(settings, mesh, outline=run.outline())
     state = step.abstract_state()
   figures = {
     "parameter_bytes": _bytes(state["params"]),

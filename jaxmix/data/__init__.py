@@ -1,4 +1,5 @@
-"""From text to batches: sources -> tokenizers -> a token store on disk -> rows -> batches.
+"""From text to batches: sources -> tokenizers -> a token store on disk -> rows -> batches; and from
+labelled examples: sources -> rows -> batches.
 
 `import jaxmix.data` is light. Each name below is imported from its file when it is first used, so
 that Grain, TFDS and the `tokenizers` library are paid for only by those who use them.
@@ -12,7 +13,12 @@ _HOMES = {
   "BPE": "subword",
   "Batches": "pipeline",
   "ByteTokenizer": "tokenizers",
+  "IDXImages": "images",
+  "LabelledDataset": "labelled",
+  "LabelledSource": "labelled",
   "LocalFiles": "local_files",
+  "Outline": "outline",
+  "SentencePairs": "sentence_pairs",
   "Source": "sources",
   "SplitFiles": "local_files",
   "StandardLibrary": "sources",
@@ -24,6 +30,7 @@ _HOMES = {
   "WordPiece": "subword",
   "open_token_store": "token_store",
   "prepare_tfds": "tfds",
+  "text_outline": "outline",
 }
 
 __all__ = list(_HOMES)

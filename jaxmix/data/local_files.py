@@ -6,31 +6,20 @@ bytes.
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import functools
-import glob
-import gzip
-import hashlib
 import itertools
 import json
-import lzma
-import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmix.data.paths import expand_variables
+from jaxmix.data.files import PACKED, PathOrPaths, as_list, content, find, unpacked
 from jaxmix.data.sources import check_split, with_text
 
-PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
 DocumentKind = Literal["file", "line", "paragraph"]
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _JSON_LINES = (".jsonl", ".ndjson")
 _DOCUMENT_KINDS = ("file", "line", "paragraph")
-_CHUNK_BYTES = 1 << 20
 
 
 class _Reading:
@@ -151,7 +140,7 @@ class LocalFiles:
   ):
     named = {"train": train, "validation": validation, "test": test}
     self._paths = {
-      split: _as_list(split, paths) for split, paths in named.items() if paths is not None
+      split: as_list(split, paths) for split, paths in named.items() if paths is not None
     }
     if not self._paths:
       raise ValueError(
@@ -172,16 +161,16 @@ class LocalFiles:
     paths = self._paths[split]
     texts = (
       text
-      for path in _find(paths)
-      for text in self._reading.documents(path, _unpacked(path), first=0)
+      for path in find(paths)
+      for text in self._reading.documents(path, unpacked(path), first=0)
     )
     yield from with_text(texts, where=f"split {split!r} ({', '.join(paths)})")
 
   def fingerprint(self, split: str) -> dict[str, Any]:
     """How the files are read, and their names, size and content."""
     check_split(self, split)
-    files = _find(self._paths[split])
-    return {"kind": "LocalFiles", **self._reading.fingerprint(), **_content(files)}
+    files = find(self._paths[split])
+    return {"kind": "LocalFiles", **self._reading.fingerprint(), **content(files)}
 
 
 class SplitFiles:
@@ -208,7 +197,7 @@ class SplitFiles:
     encoding: str = "utf-8",
     replace: Mapping[str, str] | None = None,
   ):
-    self._paths = _as_list("files", files)
+    self._paths = as_list("files", files)
     cuts = [validation_start] if test_start is None else [validation_start, test_start]
     if not all(isinstance(cut, int) and not isinstance(cut, bool) for cut in cuts):
       raise TypeError(
@@ -248,12 +237,12 @@ class SplitFiles:
       "start": start,
       "stop": stop,
       **self._reading.fingerprint(),
-      **_content(_find(self._paths)),
+      **content(find(self._paths)),
     }
 
   def _in_range(self, start: int, stop: int | None) -> Iterator[str]:
     passed = 0  # bytes of the files before this one
-    for path in _find(self._paths):
+    for path in find(self._paths):
       if _is_json_lines(path):
         raise ValueError(
           f"{path} holds JSON lines, which cannot be cut at a byte — expected text — write one "
@@ -265,7 +254,7 @@ class SplitFiles:
       high = None if stop is None else stop - passed
       size = 0
       kept = []  # a split of one corpus is held in memory: cuts are for small corpora
-      for chunk in _unpacked(path):
+      for chunk in unpacked(path):
         begin, end = low - size, len(chunk) if high is None else high - size
         kept.append(chunk[max(0, begin) : max(0, end)])
         size += len(chunk)
@@ -274,71 +263,8 @@ class SplitFiles:
         yield from self._reading.documents(path, kept, first=low)
 
 
-def _as_list(name: str, paths: Any) -> list[str]:
-  items = [paths] if isinstance(paths, str | os.PathLike) else paths
-  if not isinstance(items, Sequence) or not all(isinstance(p, str | os.PathLike) for p in items):
-    raise TypeError(
-      f"{name}={paths!r} of type {type(paths).__name__} — expected a path, a glob, a folder or a "
-      "list of these"
-    )
-  if not items:
-    raise ValueError(f"{name}={paths!r} names no file — expected at least one path — give one")
-  return [os.fspath(item) for item in items]
-
-
-def _find(paths: list[str]) -> list[Path]:
-  """The files that `paths` name, in that order; within a glob or a folder by name."""
-  return [file for path in paths for file in _find_one(path)]
-
-
-def _find_one(given: str) -> list[Path]:
-  path = Path(expand_variables(given))
-  if path.is_file():
-    return [path]
-  if path.is_dir():
-    found = [
-      file
-      for file in sorted(path.rglob("*"))
-      if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    nothing = "is a folder without files"
-  elif glob.has_magic(str(path)):
-    matches = sorted(glob.glob(str(path), recursive=True))
-    found = [file for file in map(Path, matches) if file.is_file()]
-    nothing = "is a glob that matches no file"
-  else:
-    found, nothing = [], "does not exist"
-  if not found:
-    raise FileNotFoundError(
-      f"{path} {nothing} (working directory {Path.cwd()}) — expected a text file, a glob or a "
-      "folder of them — check the path"
-    )
-  return found
-
-
-def _unpacked(path: Path) -> Iterator[bytes]:
-  opener = _OPENERS.get(path.suffix, open)
-  try:
-    with opener(path, "rb") as file:
-      while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
-  except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-    raise _damaged(path, error) from None
-  except OSError as error:
-    if error.errno is not None:
-      raise
-    raise _damaged(path, error) from None  # bz2 reports damage as an OSError without a number
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-  return ValueError(
-    f"{path} does not unpack ({type(error).__name__}: {error}) — expected a whole {path.suffix} "
-    "file — fetch it again, or rename it if it is not packed"
-  )
-
-
 def _is_json_lines(path: Path) -> bool:
-  return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix in _JSON_LINES
+  return (path.with_suffix("") if path.suffix in PACKED else path).suffix in _JSON_LINES
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -360,19 +286,3 @@ def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:
       yield "\n".join(paragraph)
       paragraph = []
   yield "\n".join(paragraph)
-
-
-def _content(files: Sequence[Path]) -> dict[str, Any]:
-  digest, size = hashlib.blake2b(digest_size=16), 0
-  for file in files:
-    status = file.stat()
-    size += status.st_size
-    digest.update(f"{file.name}\0{_digest(file, status.st_size, status.st_mtime_ns)}\0".encode())
-  return {"files": len(files), "bytes": size, "digest": digest.hexdigest()}
-
-
-@functools.cache
-def _digest(file: Path, size: int, modified: int) -> str:
-  """The hash of a file, once a process; size and time are arguments so that a change is seen."""
-  with open(file, "rb") as handle:
-    return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -5,16 +5,17 @@ The only file that imports Grain.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
 from jaxmix.data import packing as rows_of
+from jaxmix.data.checks import check_integer, check_protocol, check_shard
+from jaxmix.data.outline import Outline, text_outline
 from jaxmix.data.packing import Packing, Row, Rows
 from jaxmix.data.sources import Source, check_split
 from jaxmix.data.token_store import Separator, TokenStore, open_token_store
@@ -55,32 +56,33 @@ class TextDataset:
     num_threads: int = 1,
     prefetch: int = 16,
   ):
-    _check_protocol("source", source, Source, example="LocalFiles")
-    _check_protocol("tokenizer", tokenizer, Tokenizer, example="ByteTokenizer")
+    check_protocol("source", source, Source, example="LocalFiles")
+    check_protocol("tokenizer", tokenizer, Tokenizer, example="ByteTokenizer")
     if packing not in rows_of.PACKINGS:
       raise ValueError(
         f"packing={packing!r} is unknown — expected one of {', '.join(rows_of.PACKINGS)}"
       )
     if separator not in ("end", "none"):
       raise ValueError(f"separator={separator!r} is unknown — expected one of end, none")
-    _check_integer("length", length, minimum=1)
-    _check_integer("num_threads", num_threads, minimum=0)
-    _check_integer("prefetch", prefetch, minimum=1)
+    check_integer("length", length, minimum=1)
     self.source = source
     self.tokenizer = tokenizer
     self.length = int(length)
     self.packing = packing
     self.separator = separator
     self._cache_dir = cache_dir
-    self._read_options = grain.ReadOptions(
-      num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
-    )
+    self._read_options = read_options(num_threads=num_threads, prefetch=prefetch)
     self._stores: dict[str, TokenStore] = {}
 
   @property
   def vocab_size(self) -> int:
     """The tokenizer's vocab_size."""
     return self.tokenizer.vocab_size
+
+  @property
+  def outline(self) -> Outline:
+    """What its model has to know, and what a row holds."""
+    return text_outline(self.vocab_size, self.length, packing=self.packing)
 
   def text_bytes(self, split: str) -> int:
     """The UTF-8 bytes of the documents of a split."""
@@ -109,30 +111,22 @@ class TextDataset:
       ValueError: batch_size is no multiple of count or more than the rows of the split, or the text
         does not fit `length`.
     """
-    _check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
-    index, count = _check_shard(shard, batch_size)
-    rows = self._rows(split, "training")
-    if len(rows) < batch_size:
-      raise ValueError(
-        f"split {split!r} has {len(rows)} rows of length={self.length}, fewer than "
-        f"batch_size={batch_size} — expected at least one batch — set batch_size={len(rows)} or "
-        "less, or a smaller length"
-      )
-    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    local = order[index::count].batch(batch_size // count, drop_remainder=True)
-    return Batches(
-      local.to_iter_dataset(self._read_options),
+    return shuffled_batches(
+      self._rows(split, "training"),
+      batch_size=batch_size,
+      seed=seed,
+      shard=shard,
+      options=self._read_options,
       fingerprint={
         "split": split,
-        "seed": int(seed),
-        "batch_size": int(batch_size),
         "length": self.length,
         "packing": self.packing,
         "separator": self.separator,
         "source": self.source.fingerprint(split),
         "tokenizer": self.tokenizer.fingerprint(),
       },
-      rows=len(rows),
+      too_few=f"rows of length={self.length}",
+      repair=", or a smaller length",
     )
 
   def epoch(self, split: str, *, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Row]:
@@ -141,9 +135,9 @@ class TextDataset:
     Each target comes exactly once. `batch_size` and `shard` are those of `batches`; all hosts get
     equally many batches.
     """
-    index, count = _check_shard(shard, batch_size)
+    check_shard(shard, batch_size)
     rows = self._rows(split, "evaluation")
-    return _in_order(rows, batch_size, index, count)
+    return ordered_batches(rows, batch_size=batch_size, shard=shard)
 
   def streams(self, split: str, *, batch_size: int) -> Iterator[Row]:
     """The split once as `batch_size` long streams, for evaluation with a carried state.
@@ -152,7 +146,7 @@ class TextDataset:
     the split but the first is a target exactly once, so with other packings this has more targets
     than `epoch`: also the first token of each document.
     """
-    _check_integer("batch_size", batch_size, minimum=1)
+    check_integer("batch_size", batch_size, minimum=1)
     tokens = self._store(split).tokens
     return rows_of.stream_batches(tokens, length=self.length, batch_size=batch_size)
 
@@ -175,8 +169,8 @@ class TextDataset:
 class Batches:
   """Batches without end, and the place in them.
 
-  Made by `TextDataset.batches`. An iterator of dicts of arrays [B, L]; batches that were read ahead
-  but not yet taken do not count for the place.
+  Made by the `batches` of a data set. An iterator of dicts of arrays [B, ...]; batches that were
+  read ahead but not yet taken do not count for the place.
   """
 
   def __init__(self, dataset: grain.IterDataset, *, fingerprint: dict[str, Any], rows: int):
@@ -226,11 +220,56 @@ class Batches:
         f"the saved place in the data is of other data: {fields} — expected what the run began "
         "with — restore these settings, or start a new run"
       )
-    _check_integer("step", state["step"], minimum=0)
+    check_integer("step", state["step"], minimum=0)
     self._iterator.set_state({"next_index": state["step"]})
 
 
-def _in_order(rows: Rows, batch_size: int, index: int, count: int) -> Iterator[Row]:
+def read_options(*, num_threads: int, prefetch: int) -> grain.ReadOptions:
+  """How rows are read ahead; see `TextDataset`."""
+  check_integer("num_threads", num_threads, minimum=0)
+  check_integer("prefetch", prefetch, minimum=1)
+  return grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
+  )
+
+
+def shuffled_batches(
+  rows: Rows,
+  *,
+  batch_size: int,
+  seed: int,
+  shard: tuple[int, int],
+  options: grain.ReadOptions,
+  fingerprint: dict[str, Any],
+  too_few: str,
+  repair: str = "",
+) -> Batches:
+  """The rows without end, in an order of its own every epoch; see `TextDataset.batches`.
+
+  Args:
+    fingerprint: what the rows are made from, its "split" among them.
+    too_few: what rows are, for the error where they do not fill a batch; `repair` ends it.
+  """
+  check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
+  index, count = check_shard(shard, batch_size)
+  if len(rows) < batch_size:
+    raise ValueError(
+      f"split {fingerprint['split']!r} has {len(rows)} {too_few}, fewer than "
+      f"batch_size={batch_size} — expected at least one batch — set batch_size={len(rows)} or "
+      f"less{repair}"
+    )
+  order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  local = order[index::count].batch(batch_size // count, drop_remainder=True)
+  return Batches(
+    local.to_iter_dataset(options),
+    fingerprint={**fingerprint, "seed": int(seed), "batch_size": int(batch_size)},
+    rows=len(rows),
+  )
+
+
+def ordered_batches(rows: Rows, *, batch_size: int, shard: tuple[int, int]) -> Iterator[Row]:
+  """The rows once, in order; the last batch is filled with zeros, and so are its weights."""
+  index, count = check_shard(shard, batch_size)
   padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
   for start in range(0, len(rows), batch_size):
     places = range(start + index, start + batch_size, count)
@@ -245,48 +284,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   for key, value in tree.items():
     leaves |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
   return leaves
-
-
-def _is_whole(value: Any) -> bool:
-  return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
-  whole = _is_whole(value)
-  if not whole or value < minimum or (maximum is not None and value > maximum):
-    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    raise (ValueError if whole else TypeError)(
-      f"{name}={value!r} — expected a whole number {limits} — set one"
-    )
-
-
-def _check_shard(shard: Any, batch_size: Any) -> tuple[int, int]:
-  _check_integer("batch_size", batch_size, minimum=1)
-  pair = isinstance(shard, Sequence) and len(shard) == 2
-  if not pair or not all(_is_whole(value) for value in shard) or not 0 <= shard[0] < shard[1]:
-    raise ValueError(
-      f"shard={shard!r} — expected (index, count) with 0 <= index < count — e.g. "
-      "(jax.process_index(), jax.process_count())"
-    )
-  index, count = shard
-  if batch_size % count:
-    raise ValueError(
-      f"batch_size={batch_size} is no multiple of the {count} hosts — expected equal shares — set "
-      f"batch_size={batch_size // count * count or count}"
-    )
-  return index, count
-
-
-def _check_protocol(name: str, value: Any, protocol: type, *, example: str) -> None:
-  if isinstance(value, type):
-    raise TypeError(
-      f"{name} is the class {value.__name__} — expected an object — write {value.__name__}(...), "
-      f"or @{value.__name__}() in a gin file"
-    )
-  members = [member for member in vars(protocol) if not member.startswith("_")]
-  # Looked up without evaluating: the splits of a TFDS source are read from disk.
-  if any(inspect.getattr_static(value, member, None) is None for member in members):
-    raise TypeError(
-      f"{name}={value!r} of type {type(value).__name__} — expected a {protocol.__name__} such as "
-      f"{example}(...)"
-    )

@@ -1,5 +1,5 @@
 """How good a model is."""
 
-from jaxmix.evaluation.perplexity import Evaluator, figures
+from jaxmix.evaluation.evaluator import Evaluator, figures
 
 __all__ = ["Evaluator", "figures"]

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmix.data import TextDataset
-from jaxmix.evaluation.perplexity import Evaluator
+from jaxmix.data import LabelledDataset, TextDataset
+from jaxmix.evaluation.evaluator import Evaluator
 from jaxmix.models.capacity import check_stream_length
 from jaxmix.objectives import causal_loss
 
@@ -17,7 +17,7 @@ from jaxmix.objectives import causal_loss
 def evaluate_split(
   graph: nnx.GraphDef,
   params: dict,
-  data: TextDataset,
+  data: TextDataset | LabelledDataset,
   split: str,
   *,
   batch_size: int,
@@ -31,9 +31,9 @@ def evaluate_split(
     data: the data set.   split: one of its splits.
     batch_size: rows at a time; the figures do not depend on it but for rounding.
     mesh: where it runs.
-    objective: `(model, batch) -> (summed loss in nats, sum of weights)`.
+    objective: see `jaxmix.objectives`.
   Returns:
-    loss (nats per target), perplexity, bits_per_byte, targets.
+    See `Evaluator.run`.
   Raises:
     ValueError: there is no such split, or it does not fit the data's settings.
   """
@@ -63,9 +63,14 @@ def evaluate_streams(
     batch_size: streams side by side; the fewer, the longer each is.
     The rest: see `evaluate_split`.
   Raises:
-    ValueError: an attention without window meets a stream longer than its cache; also as
-      `evaluate_split`.
+    ValueError: the data is no text; an attention without window meets a stream longer than its
+      cache; also as `evaluate_split`.
   """
+  if not isinstance(data, TextDataset):
+    raise ValueError(
+      f"a carried state through a {type(data).__name__}, whose examples do not go on from one "
+      "another — expected a TextDataset — evaluate it without carrying a state"
+    )
   model = nnx.merge(graph, params)
   targets = [batch["weights"].sum() for batch in data.streams(split, batch_size=batch_size)]
   check_stream_length(

@@ -1,7 +1,8 @@
 """What models share: linear maps, norms, MLPs, embeddings, rotary positions, short convolutions,
-projections to heads and back, the residual block."""
+projections to heads and back, the residual block, heads of classes."""
 
 from jaxmix.layers.block import Block, dropout
+from jaxmix.layers.classifier_heads import LinearHead, SubspaceHead
 from jaxmix.layers.decay_gates import SoftplusDecay, log_sigmoid_decay
 from jaxmix.layers.embedding import Embedding
 from jaxmix.layers.head_mixer import HeadMixer, head_channels
@@ -24,10 +25,12 @@ __all__ = [
   "HeadProjection",
   "LayerNorm",
   "Linear",
+  "LinearHead",
   "LowRank",
   "RMSNorm",
   "ShortConvolution",
   "SoftplusDecay",
+  "SubspaceHead",
   "dropout",
   "head_channels",
   "l2_norm",

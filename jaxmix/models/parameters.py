@@ -20,15 +20,20 @@ class Axes:
     names: one name an array axis, such as ("layers", "embed", "heads", "head").
     inputs: how many axes a linear map contracts, counted after "layers"; 0 for its bias, and None
       where the parameter belongs to no linear map.
+    manifold: where its values have to stay: "grassmann" for bases of subspaces, orthonormal rows in
+      the last two axes; None where they are free.
   """
 
   names: tuple[str, ...]
   inputs: int | None
+  manifold: str | None = None
 
   @property
   def is_matrix(self) -> bool:
-    """Whether it is the matrix of a linear map, or a table; norms and biases are neither."""
-    return self.inputs != 0 and len(self.names) - (self.names[0] == "layers") > 1
+    """Whether it is the matrix of a linear map, or a table; norms, biases and points of a manifold
+    are neither."""
+    several = len(self.names) - (self.names[0] == "layers") > 1
+    return several and self.inputs != 0 and self.manifold is None
 
 
 def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
@@ -46,13 +51,11 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
 
 
 def _axes_of(state: nnx.State) -> dict:
-  axes = jax.tree.map(
-    lambda parameter: Axes(
-      tuple(parameter.get_metadata()["axes"]), parameter.get_metadata().get("inputs")
-    ),
-    state,
-    is_leaf=lambda x: isinstance(x, nnx.Variable),
-  )
+  def declared(parameter: nnx.Variable) -> Axes:
+    said = parameter.get_metadata()
+    return Axes(tuple(said["axes"]), said.get("inputs"), said.get("manifold"))
+
+  axes = jax.tree.map(declared, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
   return nnx.to_pure_dict(axes)
 
 

@@ -1,5 +1,11 @@
-"""What a model is trained for."""
+"""What a model is trained for.
+
+An objective is a function `(model, batch, dropout_key=None) -> (summed loss in nats, sum of
+weights)`. It may return a third value, name -> further sums over the batch; their means, by the sum
+of the weights, are reported beside the loss.
+"""
 
 from jaxmix.objectives.causal import causal_loss, cross_entropy
+from jaxmix.objectives.classification import classification_loss
 
-__all__ = ["causal_loss", "cross_entropy"]
+__all__ = ["causal_loss", "classification_loss", "cross_entropy"]

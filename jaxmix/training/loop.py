@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmix.data import TextDataset
+from jaxmix.data import LabelledDataset, Outline, TextDataset
 from jaxmix.evaluation import Evaluator, figures
 from jaxmix.models.capacity import check_positions
 from jaxmix.objectives import causal_loss
@@ -46,7 +46,7 @@ def train(
   workdir: str,
   *,
   model: Callable[..., nnx.Module],
-  data: TextDataset,
+  data: TextDataset | LabelledDataset,
   optimizer: Callable[[dict], optax.GradientTransformation],
   steps: int,
   batch_size: int,
@@ -72,14 +72,15 @@ def train(
   Args:
     workdir: folder of the run; made if absent. A run that it holds is continued from its newest
       checkpoint.
-    model: factory `(vocab_size, *, rngs) -> nnx.Module`.
+    model: factory `(*, rngs, **sizes) -> nnx.Module`; the sizes are those of `data.outline`, for
+      text vocab_size.
     data: gives training batches and the validation split.
     optimizer: factory `(axes) -> optax.GradientTransformation`, such as `jaxmix.training.adamw`
       with its settings.
     steps: optimizer steps of the whole run.
     batch_size: rows of a step, over all devices and hosts.
     mesh: factory of the mesh, such as `jaxmix.sharding.make_mesh` with its sizes.
-    objective: `(model, batch, dropout_key) -> (summed loss in nats, sum of weights)`.
+    objective: see `jaxmix.objectives`.
     microbatches: parts that a batch is worked through in, to save memory.
     ema_decay: of an average of the parameters, which then is what is evaluated; None means none.
     seed: of parameters, dropout and the order of the data.
@@ -111,10 +112,11 @@ def train(
     # -------------------------------------------------------------- data
     batches = data.batches("train", batch_size=batch_size, seed=seed, shard=hosts)
     bytes_per_target = {split: data.bytes_per_target(split) for split in ("train", "validation")}
+    outline = data.outline
 
     # -------------------------------------------------------------- model and optimizer
     program = TrainStep(
-      functools.partial(model, data.vocab_size),
+      functools.partial(model, **outline.sizes),
       optimizer,
       mesh=mesh,
       objective=objective,
@@ -123,12 +125,13 @@ def train(
     )
     evaluator = Evaluator(program.graph, mesh=mesh, objective=objective)
     skeleton = nnx.merge(program.graph, program.parameters)
-    check_positions(
-      skeleton,
-      data.length,
-      what=f"train on rows of length={data.length}",
-      instead=f"use a shorter length, or set Decoder.learned_positions = {data.length}",
-    )
+    if outline.unit == "tokens":
+      check_positions(
+        skeleton,
+        outline.length,
+        what=f"train on rows of length={outline.length}",
+        instead=f"use a shorter length, or set Decoder.learned_positions = {outline.length}",
+      )
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
@@ -147,13 +150,13 @@ def train(
     )
     peak = peak_flops(mesh.devices.flat[0])
     timer = StepTimer(
-      tokens_per_step=batch_size * data.length,
-      flops_per_step=3 * skeleton.flops(batch_size, data.length),  # backward is twice forward
+      per_step={outline.unit: batch_size * outline.units_per_row},
+      flops_per_step=3 * skeleton.flops(batch_size, outline.length),  # backward is twice forward
       peak_flops=peak and peak * mesh.size,
     )
     pending = PendingResults()
     validation = None
-    for line in _introduction(program, data, start):
+    for line in _introduction(program, outline, data.targets("train"), start):
       metrics.note(line)
 
     # -------------------------------------------------------------- loop
@@ -212,14 +215,15 @@ def train(
   return Result(step=saved, interrupted=interrupted, validation=validation)
 
 
-def _introduction(program: TrainStep, data: TextDataset, start: int) -> Iterator[str]:
+def _introduction(program: TrainStep, outline: Outline, targets: int, start: int) -> Iterator[str]:
   """What is about to run, for the user."""
   mesh = program.mesh
   shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
   count = sum(x.size for x in jax.tree.leaves(program.parameters))
+  what = "targets" if outline.unit == "tokens" else outline.unit
   yield (
     f"{count:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    f"{f' ({shape})' if shape else ''}; {data.targets('train'):,} targets in the training split"
+    f"{f' ({shape})' if shape else ''}; {targets:,} {what} in the training split"
   )
   if start:
     yield f"going on from the checkpoint of step {start}"

@@ -25,7 +25,9 @@ _SHORT = {
   "bits_per_byte": lambda x: f"bits/byte {x:.3f}",
   "gradient_norm": lambda x: f"grad {x:.2f}",
   "learning_rate": lambda x: f"lr {x:.2e}",
+  "accuracy": lambda x: f"accuracy {x:.2%}",
   "tokens_per_second": lambda x: f"{_thousands(x)} tok/s",
+  "examples_per_second": lambda x: f"{_thousands(x)} examples/s",
   "step_seconds": lambda x: f"step {x * 1e3:.3g} ms",
   "data_fraction": lambda x: f"data {x:.1%}",
   "mfu": lambda x: f"mfu {x:.1%}",
@@ -142,7 +144,8 @@ class StepTimer:
         evaluate(...)
 
   Args:
-    tokens_per_step: tokens that one step trains on, over all devices.
+    per_step: how many of what one step trains on, over all devices, such as {"tokens": 8192}; each
+      is reported a second.
     flops_per_step: FLOP that one step needs by the formulas of the model, over all devices.
     peak_flops: FLOP/s of all devices together. Without either one no MFU is reported.
   """
@@ -150,11 +153,11 @@ class StepTimer:
   def __init__(
     self,
     *,
-    tokens_per_step: int,
+    per_step: Mapping[str, int],
     flops_per_step: float | None = None,
     peak_flops: float | None = None,
   ):
-    self._tokens_per_step = tokens_per_step
+    self._per_step = dict(per_step)
     self._utilisation = flops_per_step / peak_flops if flops_per_step and peak_flops else None
     self._compile_seconds: float | None = None
     self._compiled = False
@@ -194,15 +197,17 @@ class StepTimer:
   def read(self) -> dict[str, float]:
     """The figures since the last call; call it right after a result of the last step was read.
 
-    `tokens_per_second`, `step_seconds`, `data_fraction` (the part of the time spent waiting for
-    data) and `mfu` once a step was timed; `compile_seconds`, the whole first step, once.
+    `tokens_per_second` or the like, `step_seconds`, `data_fraction` (the part of the time spent
+    waiting for data) and `mfu` once a step was timed; `compile_seconds`, the whole first step,
+    once.
     """
     figures = {}
     if self._compile_seconds is not None:
       figures["compile_seconds"], self._compile_seconds = self._compile_seconds, None
     if self._steps:
       seconds = perf_counter() - self._started - self._excluded_seconds
-      figures["tokens_per_second"] = self._tokens_per_step * self._steps / seconds
+      for unit, count in self._per_step.items():
+        figures[f"{unit}_per_second"] = count * self._steps / seconds
       figures["step_seconds"] = seconds / self._steps
       figures["data_fraction"] = self._data_seconds / seconds
       if self._utilisation is not None:

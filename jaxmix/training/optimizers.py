@@ -73,6 +73,7 @@ def adamw(
   Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); defaults of Brown et al. 2020 (arXiv
     2005.14165), appendix B.
   """
+  _check_flat("adamw", axes)
   decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
   return optax.chain(
     _clip(clip_norm),
@@ -104,6 +105,7 @@ def muon(
     weight_decay: of matrices, times the learning rate.   clip_norm: None means no clipping.
   Source: Jordan et al. 2024, Muon; Liu et al. 2025 (arXiv 2502.16982) for the scale.
   """
+  _check_flat("muon", axes)
   decays = jax.tree.map(lambda axis: axis.is_matrix, axes)
   # optax's Muon decays all that it leaves to Adam, norms and biases too. So it gives the direction
   # alone (a rate of -1 keeps its sign), and decay and learning rate follow.
@@ -133,6 +135,16 @@ def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
   return optax.contrib.MuonDimensionNumbers(
     tuple(range(first, split)), tuple(range(split, len(axes.names)))
   )
+
+
+def _check_flat(name: str, axes: dict) -> None:
+  for path, axis in jax.tree_util.tree_leaves_with_path(axes):
+    if axis.manifold is not None:
+      raise ValueError(
+        f"{name}: the parameter {jax.tree_util.keystr(path)} is a point of the manifold "
+        f"{axis.manifold!r}, which the steps of {name} leave — expected parameters without a "
+        f"manifold — use with_subspaces, with {name} as its optimizer for the others"
+      )
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """Draws the losses in `workdir/metrics.jsonl` over the steps and returns `workdir/loss.png`.
 
-  Nats per token; the legend gives the last value of each split, in bits per byte too where that was
-  measured. The picture appears whole or not at all, so it can be looked at while the run goes on.
+  Nats per token or example; the legend gives the last value of each split, and its bits per byte or
+  accuracy where that was measured. The picture appears whole or not at all, so it can be looked at
+  while the run goes on.
 
   Raises:
     FileNotFoundError: there is no metrics file.
@@ -35,6 +36,8 @@ def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
       zorder=2 if often else 3,
       label=_label(split, rows[-1]),
     )
+  what = "example" if any("accuracy" in row for row in rows) else "token"
+  axes.set_ylabel(f"loss (nats per {what})")
   losses.sort()
   if losses[-1] > 4 * losses[len(losses) // 2] > 0:
     axes.set_yscale("log")  # a few huge first losses would flatten the rest into a line
@@ -44,12 +47,13 @@ def plot_losses(workdir: str | os.PathLike[str]) -> pathlib.Path:
 def plot_comparison(
   runs: Mapping[str, str | os.PathLike[str]], target: str | os.PathLike[str], *, split: str
 ) -> pathlib.Path:
-  """Draws one curve a run: the perplexity of a split over the steps.
+  """Draws one curve a run: the perplexity of a split over the steps, or its accuracy where all have
+  that.
 
   Args:
     runs: label -> work directory.   target: the picture to write.   split: such as "validation".
   Returns:
-    target. The legend gives the last perplexity of each run, best first.
+    target. The legend gives the last value of each run, best first.
   Raises:
     FileNotFoundError: a run has no metrics file.
     ValueError: a run has no loss of this split.
@@ -63,16 +67,21 @@ def plot_comparison(
         f"{workdir} has no losses of {split!r} — it has {', '.join(found)} — name one of these"
       )
     curves[label] = found[split]
-  for label, rows in sorted(curves.items(), key=lambda curve: curve[1][-1]["loss"]):
+  accuracy = all("accuracy" in row for rows in curves.values() for row in rows)
+  value = (lambda row: row["accuracy"]) if accuracy else lambda row: math.exp(row["loss"])
+  best_first = sorted(
+    curves.items(), key=lambda curve: value(curve[1][-1]) * (-1 if accuracy else 1)
+  )
+  for label, rows in best_first:
     axes.plot(
       [row["step"] for row in rows],
-      [math.exp(row["loss"]) for row in rows],
+      [value(row) for row in rows],
       marker="o",
       markersize=4,
-      label=f"{label}: {math.exp(rows[-1]['loss']):.1f}",
+      label=f"{label}: {value(rows[-1]):{'.2%' if accuracy else '.1f'}}",
     )
-  axes.set_yscale("log")
-  axes.set_ylabel(f"perplexity, {split}")
+  axes.set_yscale("linear" if accuracy else "log")
+  axes.set_ylabel(f"{'accuracy' if accuracy else 'perplexity'}, {split}")
   return _save(figure, axes, pathlib.Path(target))
 
 
@@ -102,7 +111,6 @@ def _figure():
   axes = figure.add_subplot()
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_xlabel("step")
-  axes.set_ylabel("loss (nats per token)")
   axes.grid(alpha=0.25)
   axes.spines[["top", "right"]].set_visible(False)
   return figure, axes
@@ -118,7 +126,9 @@ def _save(figure, axes, target: pathlib.Path) -> pathlib.Path:
 
 def _label(split: str, row: dict) -> str:
   label = f"{split}: {row['loss']:.3f}"
-  bits = row.get("bits_per_byte")
+  bits, accuracy = row.get("bits_per_byte"), row.get("accuracy")
   if bits is not None and math.isfinite(bits):
     label += f" = {bits:.3f} bits per byte"
+  if accuracy is not None:
+    label += f", accuracy {accuracy:.2%}"
   return label

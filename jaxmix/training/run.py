@@ -6,15 +6,14 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmix.configuration import Configuration, load
-from jaxmix.data import TextDataset
+from jaxmix.data import LabelledDataset, Outline, TextDataset
 from jaxmix.models import abstract_parameters, parameter_shardings
 from jaxmix.sharding import named_sharding
 from jaxmix.training.checkpoints import Checkpoints
@@ -32,7 +31,7 @@ class Run:
   Attributes:
     graph, params: `flax.nnx.merge(graph, params)` is the model; the parameters are averaged ones
       where the run kept an average, float32, and lie on `mesh`.
-    data: the data set that it was trained on, with its tokenizer.
+    data: the data set that it was trained on; text has its tokenizer.
     mesh: where the parameters lie.
     step: of the checkpoint that was read.
     configuration: of `jaxmix.training.train`; `configuration.value("batch_size")` and the like.
@@ -40,7 +39,7 @@ class Run:
 
   graph: nnx.GraphDef
   params: dict
-  data: TextDataset
+  data: TextDataset | LabelledDataset
   mesh: Mesh
   step: int
   configuration: Configuration
@@ -77,7 +76,7 @@ def load_run(
   step = _chosen(checkpoints, step)
   data = configuration.value("data")
   mesh = configuration.value("mesh")() if mesh is None else mesh
-  model = functools.partial(configuration.value("model"), data.vocab_size)
+  model = functools.partial(configuration.value("model"), **data.outline.sizes)
   graph, parameters, axes = abstract_parameters(model)
   wanted = jax.tree.map(
     lambda parameter, sharding: jax.ShapeDtypeStruct(
@@ -92,36 +91,33 @@ def load_run(
 
 
 def abstract_run(
-  configuration: Configuration, mesh: Mesh, *, vocab_size: int, length: int
+  configuration: Configuration, mesh: Mesh, *, outline: Outline
 ) -> tuple[TrainStep, dict[str, jax.ShapeDtypeStruct]]:
   """The training step of a run and a batch for it, without any array: to lower, to compile ahead.
 
   Args:
     configuration: of `jaxmix.training.train`.
     mesh: where it would run; its devices need not exist.
-    vocab_size: tokens of the vocabulary.   length: tokens of a row.
+    outline: of its data set, or of one like it.
   Returns:
-    The step and the batch, abstract arrays [B, T] that lie on the mesh. Rows are packed documents,
-    which need two arrays more than blocks do.
+    The step and the batch, abstract arrays [B, ...] that lie on the mesh.
   """
   value = configuration.value
   step = TrainStep(
-    functools.partial(value("model"), vocab_size),
+    functools.partial(value("model"), **outline.sizes),
     value("optimizer"),
     mesh=mesh,
     objective=value("objective"),
     microbatches=value("microbatches"),
     ema_decay=value("ema_decay"),
   )
-  shape = (value("batch_size"), length)
-  place = named_sharding(("batch", None), shape, mesh)
-  dtypes: Mapping[str, jnp.dtype] = {
-    **dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32),
-    "weights": jnp.float32,
-  }
-  batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()
-  }
+
+  def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    shape = (value("batch_size"), *shape)
+    place = named_sharding(("batch", *(None,) * (len(shape) - 1)), shape, mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  batch = {name: array(*each) for name, each in outline.row.items()}
   return step, batch
 
 

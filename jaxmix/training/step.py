@@ -18,7 +18,6 @@ from jaxmix.models import abstract_parameters, init_parameters, parameter_shardi
 from jaxmix.objectives import causal_loss
 
 _paths = jax.tree_util.tree_leaves_with_path
-Objective = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class TrainStep:
@@ -27,7 +26,7 @@ class TrainStep:
   Args:
     model: factory `(*, rngs) -> nnx.Module`.
     optimizer: factory `(axes) -> optax.GradientTransformation`.
-    objective: `(model, batch, dropout_key) -> (summed loss in nats, sum of weights)`.
+    objective: see `jaxmix.objectives`.
     microbatches: parts that a batch is worked through in, one after the other; the result does not
       depend on it but for rounding.
     ema_decay: of an average of the parameters over the steps; None means none.
@@ -40,7 +39,7 @@ class TrainStep:
     optimizer: Callable[[dict], optax.GradientTransformation],
     *,
     mesh: Mesh,
-    objective: Objective = causal_loss,
+    objective: Callable = causal_loss,
     microbatches: int = 1,
     ema_decay: float | None = None,
   ):
@@ -112,9 +111,10 @@ class TrainStep:
     key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
 
     def loss(params, part, key):
-      return self.objective(nnx.merge(self.graph, params), part, key)
+      total, *sums = self.objective(nnx.merge(self.graph, params), part, key)
+      return total, sums
 
-    (total, weight), grads = self._accumulate(
+    (total, (weight, *further)), grads = self._accumulate(
       jax.value_and_grad(loss, has_aux=True), state["params"], batch, key
     )
     scale = 1 / jnp.maximum(weight, 1)  # a batch without any target changes nothing
@@ -124,10 +124,11 @@ class TrainStep:
     after = {**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1}
     if self.ema_decay is not None:
       after["ema"] = optax.incremental_update(params, state["ema"], 1 - self.ema_decay)
-    return after, {"loss": total * scale, "gradient_norm": optax.tree.norm(grads)}
+    means = {name: value * scale for each in further for name, value in each.items()}
+    return after, {"loss": total * scale, **means, "gradient_norm": optax.tree.norm(grads)}
 
   def _accumulate(self, value_and_grad, params, batch, key):
-    """Sums loss, weight and gradient over the microbatches."""
+    """Sums loss, weight, further sums and gradient over the microbatches."""
     if self.microbatches == 1:
       return value_and_grad(params, batch, key)
     rows = next(iter(batch.values())).shape[0]
@@ -149,5 +150,7 @@ class TrainStep:
       ), None
 
     parts = (jax.tree.map(split, batch), jnp.arange(self.microbatches))
-    zero = (jnp.zeros((), jnp.float32),) * 2, jax.tree.map(jnp.zeros_like, params)
+    first = jax.tree.map(lambda x: x[0], parts[0])
+    shapes = jax.eval_shape(value_and_grad, params, first, key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zero, parts)[0]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NORMALIZATIONS = ("safe", "clamp")
 RELATIVE_EPS = 1e-3  # of "safe": the smallest sine of the angle that is resolved
+NORMALIZATIONS = ("safe", "smooth", "clamp")
 
 
 def pairs_of(rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +22,8 @@ def plucker(u, v, *, eps: float, normalization: str):
 
       p_ij = u_i v_j - u_j v_i,  i < j        p / N
       "clamp":  N = max(|p|, eps)
-      "safe":   N = sqrt(|p|^2 + (1e-3 |u| |v|)^2 + eps^2)
+      "smooth":  N = sqrt(|p|^2 + eps^2)
+      "safe":  N = sqrt(|p|^2 + (1e-3 |u| |v|)^2 + eps^2)
 
   0, and without gradient, where u or v is 0.
 
@@ -38,7 +39,7 @@ def plucker(u, v, *, eps: float, normalization: str):
   if normalization == "clamp":
     area = jnp.maximum(area, eps**2)
   else:
-    area = area + RELATIVE_EPS**2 * lengths + eps**2
+    area = area + eps**2 + (RELATIVE_EPS**2 * lengths if normalization == "safe" else 0)
   return jnp.where(lengths > 0, p / jnp.sqrt(area), 0)
 
 

@@ -101,6 +101,7 @@ def test_data_that_is_not_here_is_said_with_the_way_out(repository, monkeypatch)
   monkeypatch.setenv("JAXMIX_DATA", "/nowhere")
   run = Run((str(repository / "configs" / "runs" / "corpus_linear_attention_1b.gin"),))
   with pytest.raises(FileNotFoundError, match=r"the data of this run is not here.*--vocab_size"):
-    run.sizes()
+    run.outline()
   given = Run(run.gin_files, vocab_size=32_000, length=4096)
-  assert given.sizes() == (32_000, 4096)
+  assert given.outline().sizes == {"vocab_size": 32_000}
+  assert given.outline().row["inputs"][0] == (4096,)

@@ -56,10 +56,10 @@ def load(shared, monkeypatch):
 def test_run_builds_and_lowers(load, path):
   run = load(path)
   data = run.value("data")
-  model = functools.partial(run.value("model"), data.vocab_size)
+  model = functools.partial(run.value("model"), **data.outline.sizes)
   mesh = run.value("mesh")()
   with jax.set_mesh(mesh):
-    program, batch = abstract_run(run, mesh, vocab_size=data.vocab_size, length=data.length)
+    program, batch = abstract_run(run, mesh, outline=data.outline)
     lowered = program.update.lower(program.abstract_state(), batch)
   assert "stablehlo.dot_general" in lowered.as_text()
   if path.stem in PARAMETERS:
@@ -73,7 +73,7 @@ def test_other_sizes(name):
   run_file = CONFIGS / "runs" / f"corpus_{name.rsplit('_', 1)[0]}_1b.gin"
   model_file = CONFIGS / "models" / f"{name}.gin"
   run = configuration.load([run_file, model_file], root=train, supplied=SUPPLIED)
-  model = functools.partial(run.value("model"), 50_257)
+  model = functools.partial(run.value("model"), vocab_size=50_257)
   _, parameters, _ = abstract_parameters(model)
   assert sum(x.size for x in jax.tree.leaves(parameters)) == OTHER_SIZES[name]
 

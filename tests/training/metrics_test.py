@@ -131,7 +131,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_compilation_waiting_and_evaluation_are_told_apart(clock):
-  timer = StepTimer(tokens_per_step=1000, flops_per_step=2e12, peak_flops=1e13)
+  timer = StepTimer(per_step={"tokens": 1000}, flops_per_step=2e12, peak_flops=1e13)
 
   def step(seconds, waiting):
     with timer.waiting_for_data():
@@ -159,7 +159,7 @@ def test_compilation_waiting_and_evaluation_are_told_apart(clock):
 
 
 def test_without_a_known_peak_no_mfu_is_reported(clock):
-  timer = StepTimer(tokens_per_step=1000, flops_per_step=2e12, peak_flops=None)
+  timer = StepTimer(per_step={"tokens": 1000}, flops_per_step=2e12, peak_flops=None)
   for _ in range(2):
     clock.now += 1.0
     timer.step_done(jnp.zeros(()))

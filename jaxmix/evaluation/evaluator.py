@@ -1,4 +1,4 @@
-"""Perplexity of a language model over a whole split."""
+"""The loss of a model over a whole split, and what goes with it: perplexity, or accuracy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxmix.sharding import put_batch
 
 
 class Evaluator:
-  """Runs a model over batches and sums up its loss.
+  """Runs a model over batches and sums up its loss and what else the objective sums up.
 
   Args:
     graph: the model's graph, from `jaxmix.models.abstract_parameters`.
     mesh: where it runs; call the methods under `jax.set_mesh(mesh)`.
-    objective: `(model, batch) -> (summed loss in nats, sum of weights)`.
+    objective: see `jaxmix.objectives`.
   """
 
   def __init__(self, graph: nnx.GraphDef, *, mesh: Mesh, objective: Callable = causal_loss):
@@ -29,16 +29,17 @@ class Evaluator:
     self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
 
   def run(
-    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float
+    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float | None
   ) -> dict[str, float]:
     """Figures over all targets of the batches.
 
     Args:
       params: the model's parameters.
-      batches: dicts of arrays, such as `TextDataset.epoch` yields.
-      bytes_per_target: UTF-8 bytes of text for each target.
+      batches: dicts of arrays, such as the `epoch` of a data set yields.
+      bytes_per_target: UTF-8 bytes of text for each target; None where targets are no text.
     Returns:
-      loss (nats per target), perplexity, bits_per_byte, targets.
+      loss (nats per target); perplexity, bits_per_byte for text; the means of what else the
+      objective sums up, such as accuracy; targets.
     """
     sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
     return _mean(sums, bytes_per_target)
@@ -72,14 +73,17 @@ class Evaluator:
     return (loss, batch["weights"].sum()), state
 
 
-def figures(loss: float, bytes_per_target: float) -> dict[str, float]:
-  """The three ways to state a loss.
+def figures(loss: float, bytes_per_target: float | None) -> dict[str, float]:
+  """The three ways to state the loss of a language model; that of another has one.
 
   Args:
-    loss: nats per target.   bytes_per_target: UTF-8 bytes of text for each target.
+    loss: nats per target.   bytes_per_target: UTF-8 bytes of text for each target; None where
+      targets are no text.
   Returns:
-    loss; perplexity = exp(loss); bits_per_byte = loss / ln 2 / bytes_per_target.
+    loss; for text also perplexity = exp(loss), bits_per_byte = loss / ln 2 / bytes_per_target.
   """
+  if bytes_per_target is None:
+    return {"loss": loss}
   return {
     "loss": loss,
     "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -87,6 +91,10 @@ def figures(loss: float, bytes_per_target: float) -> dict[str, float]:
   }
 
 
-def _mean(sums: list[tuple[jax.Array, jax.Array]], bytes_per_target: float) -> dict[str, float]:
-  losses, weights = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-  return {**figures(float(losses / weights), bytes_per_target), "targets": int(weights)}
+def _mean(sums: list[tuple], bytes_per_target: float | None) -> dict[str, float]:
+  def total(*parts):
+    return float(np.sum(parts, dtype=np.float64))
+
+  loss, weight, *further = jax.tree.map(total, *jax.device_get(sums))
+  means = {name: value / weight for each in further for name, value in each.items()}
+  return {**figures(loss / weight, bytes_per_target), **means, "targets": int(weight)}
