@@ -39,7 +39,7 @@ DTYPES = ("float32", "bfloat16")
 WIDEST = 128
 GROUP = 16  # channels along a side of a square
 SQUARE = GROUP * GROUP
-AT_ONCE = 4  # rows of a square whose coordinates are one operand
+AT_ONCE = 2  # rows of a square whose coordinates are one operand of `forward`
 STEP = AT_ONCE * GROUP
 ROWS = 32  # tokens of a program of the kernels that know no coordinates
 PARTS = 256  # programs that sum the gradient of the weight; more would only add parts to add
@@ -264,7 +264,7 @@ def _directions(plan: Plan, z, before, reach, interpret):
 
 def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
   token = pl.program_id(0) * ROWS + jnp.arange(ROWS)
-  row, time = token // plan.length, token % plan.length
+  row, time = _divide(token, plan.length)
   exists = token < plan.batch * plan.length
   place = row * (plan.earlier + plan.length) + plan.earlier + time
   reach = _load_entries(reach_ref, token, exists)
@@ -279,6 +279,12 @@ def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
   inside = jnp.arange(plan.lanes) < u_ref.shape[1]
   store(u_ref, index, u, None, inside)
   store(q_ref, index, q, None, inside)
+
+
+def _divide(x, by: int):
+  """x // by and x % by of x >= 0."""
+  quotient = jax.lax.div(x, jnp.full_like(x, by))
+  return quotient, x - quotient * by
 
 
 def _load_entries(ref, index, mask):
@@ -354,34 +360,36 @@ def _pull_across(plan: Plan, u, inverse_length, v, dq):
   return dv, -of.along * dacross - lean * v, of.of_floor * turn
 
 
-def _wedge(u_ref, q_ref, rows, first, left, right):
-  """Coordinates [rows, AT_ONCE, GROUP] of channels of the group `left`, from `first` on, with all
-  of the group `right`."""
-  few, group = pl.ds(GROUP * left + first, AT_ONCE), pl.ds(GROUP * right, GROUP)
-  u, q = (ref[rows, few][:, :, None] for ref in (u_ref, q_ref))
-  return u * q_ref[rows, group][:, None, :] - q * u_ref[rows, group][:, None, :]
+def _wedge(u_ref, q_ref, tokens, few: int, first, left, right):
+  """Coordinates [tokens, few, GROUP] of channels of the group `left`, `few` from `first` on, with
+  those of the group `right`."""
+  rows, columns = pl.ds(GROUP * left + first, few), pl.ds(GROUP * right, GROUP)
+  u, q = (ref[tokens, rows][:, :, None] for ref in (u_ref, q_ref))
+  return u * q_ref[tokens, columns][:, None, :] - q * u_ref[tokens, columns][:, None, :]
 
 
-def _upper(first):
-  """[1, AT_ONCE, GROUP], where these rows of a square are above its diagonal."""
-  row, column = first + jnp.arange(AT_ONCE), jnp.arange(GROUP)
-  return (row[:, None] < column[None, :])[None]
+def _lines(few: int, first):
+  """The numbers of rows of a square, `few` from `first` on, and of its columns, to be compared."""
+  return first + jnp.arange(few)[None, :, None], jnp.arange(GROUP)[None, None, :]
 
 
 def _forward_kernel(
   squares_ref, u_ref, q_ref, weight_ref, bias_ref, reach_ref, y_ref, *, plan: Plan, rows: int
 ):
   number = pl.program_id(0)
-  tile, block = number // plan.blocks, number % plan.blocks
+  tile, block = _divide(number, plan.blocks)
   tokens = pl.ds(tile * rows, rows)
   columns = pl.ds(block * plan.columns, plan.columns)
 
   def step(within, number, total):
-    square, first = number // (GROUP // AT_ONCE), number % (GROUP // AT_ONCE) * AT_ONCE
+    square, quarter = _divide(number, GROUP // AT_ONCE)
+    first = quarter * AT_ONCE
     left, right = squares_ref[square, 0], squares_ref[square, 1]
-    p = _wedge(u_ref, q_ref, tokens, first, left, left if within else right)
+    wedge = functools.partial(_wedge, u_ref, q_ref, tokens, AT_ONCE, first)
+    p = wedge(left, left if within else right)
     if within:
-      p = jnp.where(_upper(first), p, _wedge(u_ref, q_ref, tokens, first, right, right))
+      row, column = _lines(AT_ONCE, first)
+      p = jnp.where(row < column, p, wedge(right, right))
     p = p.reshape(rows, STEP).astype(weight_ref.dtype)
     return total + dot(p, weight_ref[pl.ds(number * STEP, STEP), columns])
 
@@ -407,79 +415,80 @@ def _store_tile(ref, rows, columns, tile, exists, inside):
 
 def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
   """The cotangents of u and q, [tokens, GROUP * groups]."""
-  rows = 32 if plan.exact else 64
+  rows, within = 32 if plan.exact else 128, len(plan.squares) - plan.apart
   parts = plan.call(
     functools.partial(_planes_kernel, rows=rows),
     (plan.tokens // rows * len(plan.squares),),
-    jax.ShapeDtypeStruct((len(plan.squares), 4, plan.tokens, GROUP), jnp.float32),
+    jax.ShapeDtypeStruct((4 * plan.apart + 8 * within, plan.tokens, GROUP), jnp.float32),
     name="backward_planes",
-    warps=4,
+    warps=4 if plan.exact else 8,
     stages=3,
     flops=2 * plan.tokens * plan.coordinates * plan.channels,
     interpret=interpret,
   )(_squares(plan), u, q, _in_squares(plan, weight), dy)
   sums = [[0.0, 0.0] for _ in range(plan.groups)]
-  for square, (left, right) in enumerate(plan.squares):
-    for side, group in enumerate((left, right)):
-      if side == 0 or left != right:
-        for which in range(2):
-          sums[group][which] += parts[square, 2 * side + which]
+  for square, groups in enumerate(plan.squares):
+    sides = groups if square < plan.apart else [group for group in groups for _ in range(2)]
+    for side, group in enumerate(sides):
+      place = 2 * side + 4 * min(square, plan.apart) + 8 * max(square - plan.apart, 0)
+      sums[group] = [total + parts[place + which] for which, total in enumerate(sums[group])]
   return [jnp.concatenate([group[which] for group in sums], axis=1) for which in range(2)]
 
 
-def _planes_kernel(squares_ref, u_ref, q_ref, weight_ref, dy_ref, parts_ref, *, plan: Plan, rows: int):
-  number = pl.program_id(0)
-  tile, square = number // len(plan.squares), number % len(plan.squares)
-  tokens, depth = pl.ds(tile * rows, rows), min(32 if plan.exact else 64, tile_size(plan.channels))
-  token = tile * rows + jnp.arange(rows)
+def _planes_kernel(
+  squares_ref, u_ref, q_ref, weight_ref, dy_ref, parts_ref, *, plan: Plan, rows: int
+):
+  """A square is done in two halves, so that the products of one at a time are in the registers."""
+  tile, square = _divide(pl.program_id(0), len(plan.squares))
+  depth, few = min(32 if plan.exact else 64, tile_size(plan.channels)), GROUP // 2
+  tokens, token = pl.ds(tile * rows, rows), tile * rows + jnp.arange(rows)
   exists = (token < plan.batch * plan.length) if plan.batch * plan.length % rows else None
 
-  def step(number, total):
+  def step(number, halves):
     column = number * depth + jnp.arange(depth)
     inside = column < plan.channels if plan.channels % depth else None
-    index = (pl.ds(jnp.int32(tile * rows), rows), pl.ds(jnp.int32(number * depth), depth))
-    dy = load(dy_ref, index, exists, inside)
-    weight = weight_ref[pl.ds(square * SQUARE, SQUARE), pl.ds(number * depth, depth)]
-    return total + dot(dy, weight, (1, 1))
+    columns = pl.ds(jnp.int32(number * depth), depth)
+    dy = load(dy_ref, (pl.ds(jnp.int32(tile * rows), rows), columns), exists, inside)
+    return tuple(
+      half + dot(dy, weight_ref[pl.ds(square * SQUARE + number, few * GROUP), columns], (1, 1))
+      for half, number in zip(halves, (0, few * GROUP), strict=True)
+    )
 
-  dp = jnp.zeros((rows, SQUARE), jnp.float32)
-  dp = jax.lax.fori_loop(0, pl.cdiv(plan.channels, depth), step, dp)
-  dp = dp.reshape(rows, GROUP, GROUP)
+  zeros = jnp.zeros((rows, few * GROUP), jnp.float32)
+  halves = jax.lax.fori_loop(0, pl.cdiv(plan.channels, depth), step, (zeros, zeros))
 
-  def sums(ref, dp, left, right):
-    """Of the rows of dp with channels of `right`, of its columns with channels of `left`."""
-    row, column = (ref[tokens, pl.ds(GROUP * group, GROUP)] for group in (left, right))
-    of_row = jnp.sum(dp * column[:, None, :], axis=2)
-    return of_row, jnp.sum(dp * row[:, :, None], axis=1)
-
-  def put(slot, values):
-    parts_ref[square, slot, tokens, :] = values
+  def put(slot, left, right, there):
+    """Cotangents of u and q: in `slot` of channels of `left`, the next of channels of `right`."""
+    of_columns = [0.0, 0.0]
+    for half, dp in enumerate(halves):
+      dp = dp.reshape(rows, few, GROUP)
+      if there is not None:
+        dp = jnp.where(there(*_lines(few, few * half)), dp, 0)
+      for which, (ref, sign) in enumerate(((q_ref, 1), (u_ref, -1))):
+        row = ref[tokens, pl.ds(GROUP * left + few * half, few)]
+        column = ref[tokens, pl.ds(GROUP * right, GROUP)]
+        of_rows = sign * jnp.sum(dp * column[:, None, :], axis=2)
+        parts_ref[slot + which, tokens, pl.ds(few * half, few)] = of_rows
+        of_columns[which] -= sign * jnp.sum(dp * row[:, :, None], axis=1)
+    for which, total in enumerate(of_columns):
+      parts_ref[slot + 2 + which, tokens, :] = total
 
   left, right = squares_ref[square, 0], squares_ref[square, 1]
 
   @pl.when(square < plan.apart)
   def _():
-    du, minus_du = sums(q_ref, dp, left, right)
-    put(0, du)
-    put(2, -minus_du)
-    minus_dq, dq = sums(u_ref, dp, left, right)
-    put(1, -minus_dq)
-    put(3, dq)
+    put(4 * square, left, right, None)
 
   @pl.when(square >= plan.apart)
   def _():
-    row, column = jnp.arange(GROUP)[:, None], jnp.arange(GROUP)[None, :]
-    for side, (group, there) in enumerate(((left, row < column), (right, row > column))):
-      half = jnp.where(there[None], dp, 0)
-      du, minus_du = sums(q_ref, half, group, group)
-      put(2 * side, du - minus_du)
-      minus_dq, dq = sums(u_ref, half, group, group)
-      put(2 * side + 1, dq - minus_dq)
+    slot = 4 * plan.apart + 8 * (square - plan.apart)
+    put(slot, left, left, lambda row, column: row < column)
+    put(slot + 4, right, right, lambda row, column: row > column)
 
 
 def _weight_gradients(plan: Plan, u, q, reach, dy, interpret):
   """dweight and dbias."""
-  height, rows = (STEP, 32) if plan.exact else (2 * STEP, 64)
+  height, rows = (64, 32) if plan.exact else (128, 32)
   programs = plan.coordinates // height * plan.blocks
   parts = max(1, min(PARTS // programs, plan.tokens // 128))
   sums = plan.call(
@@ -515,32 +524,26 @@ def _weight_kernel(
 ):
   """On the diagonals of the squares, where no pair is, stands the gradient of the bias."""
   number = pl.program_id(0)
-  block, number = number % plan.blocks, number // plan.blocks
-  tile, part = number % (plan.coordinates // height), number // (plan.coordinates // height)
-  square, first = tile * height // SQUARE, tile * height % SQUARE // GROUP
+  number, block = _divide(number, plan.blocks)
+  part, tile = _divide(number, plan.coordinates // height)
+  square, first = _divide(tile * (height // GROUP), GROUP)
   left, right = squares_ref[square, 0], squares_ref[square, 1]
   columns = pl.ds(jnp.int32(block * plan.columns), plan.columns)
   column = block * plan.columns + jnp.arange(plan.columns)
   inside = column < plan.channels if plan.channels % plan.columns else None
   steps = pl.cdiv(plan.tokens // rows, parts)
-  below = height // GROUP
-
-  def wedge(tokens, left, right):
-    few, group = pl.ds(GROUP * left + first, below), pl.ds(GROUP * right, GROUP)
-    u, q = (ref[tokens, few][:, :, None] for ref in (u_ref, q_ref))
-    return u * q_ref[tokens, group][:, None, :] - q * u_ref[tokens, group][:, None, :]
 
   def step(within, number, total):
     start = (part * steps + number) * rows
     tokens, token = pl.ds(start, rows), start + jnp.arange(rows)
     reach = _load_entries(reach_ref, token, token < plan.batch * plan.length)
     live = reach >= min(plan.offsets)
-    p = wedge(tokens, left, left if within else right)
+    wedge = functools.partial(_wedge, u_ref, q_ref, tokens, height // GROUP, first)
+    p = wedge(left, left if within else right)
     if within:
-      row = (first + jnp.arange(below))[:, None]
-      line = jnp.arange(GROUP)[None, :]
-      p = jnp.where((row < line)[None], p, wedge(tokens, right, right))
-      p = jnp.where((row == line)[None], live.astype(jnp.float32)[:, None, None], p)
+      row, column = _lines(height // GROUP, first)
+      p = jnp.where(row < column, p, wedge(right, right))
+      p = jnp.where(row == column, live.astype(jnp.float32)[:, None, None], p)
     p = p.reshape(rows, height).astype(dy_ref.dtype)
     dy = load(dy_ref, (pl.ds(jnp.int32(start), rows), columns), live, inside)
     return total + dot(p, dy, (0, 0))
@@ -566,7 +569,8 @@ def _weight_kernel(
 def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: Plan):
   place = pl.program_id(0) * ROWS + jnp.arange(ROWS)
   wide = plan.earlier + plan.length
-  row, time = place // wide, place % wide - plan.earlier
+  row, time = _divide(place, wide)
+  time -= plan.earlier
   exists = place < plan.batch * wide
 
   def at(offset):
@@ -601,13 +605,5 @@ def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: 
     v = _load_tokens(plan, tokens_ref, place, valid)
     dv, _, _ = _pull_across(plan, u, inverse, v, cotangent(token, reach, valid))
     dtokens += dv
-  index = (pl.ds(pl.program_id(0) * ROWS, ROWS), pl.ds(jnp.int32(0), plan.lanes))
-  del index
-  _store_tile(
-    dtokens_ref,
-    place,
-    jnp.arange(plan.lanes),
-    dtokens,
-    exists,
-    jnp.arange(plan.lanes) < plan.rank,
-  )
+  lane = jnp.arange(plan.lanes)
+  _store_tile(dtokens_ref, place, lane, dtokens, exists, lane < plan.rank)
