@@ -415,75 +415,77 @@ def _store_tile(ref, rows, columns, tile, exists, inside):
 
 def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
   """The cotangents of u and q, [tokens, GROUP * groups]."""
-  rows, within = 32 if plan.exact else 128, len(plan.squares) - plan.apart
-  parts = plan.call(
+  rows = 32 if plan.exact else 128
+  slots = 2 * plan.apart + 4 * (len(plan.squares) - plan.apart)
+  of_rows, of_columns = plan.call(
     functools.partial(_planes_kernel, rows=rows),
-    (plan.tokens // rows * len(plan.squares),),
-    jax.ShapeDtypeStruct((4 * plan.apart + 8 * within, plan.tokens, GROUP), jnp.float32),
+    (plan.tokens // rows * 2 * len(plan.squares),),
+    [
+      jax.ShapeDtypeStruct((slots, plan.tokens, GROUP), jnp.float32),
+      jax.ShapeDtypeStruct((2, slots, plan.tokens, GROUP), jnp.float32),
+    ],
     name="backward_planes",
     warps=4 if plan.exact else 8,
     stages=3,
     flops=2 * plan.tokens * plan.coordinates * plan.channels,
     interpret=interpret,
   )(_squares(plan), u, q, _in_squares(plan, weight), dy)
-  sums = [[0.0, 0.0] for _ in range(plan.groups)]
-  for square, groups in enumerate(plan.squares):
-    sides = groups if square < plan.apart else [group for group in groups for _ in range(2)]
-    for side, group in enumerate(sides):
-      place = 2 * side + 4 * min(square, plan.apart) + 8 * max(square - plan.apart, 0)
-      sums[group] = [total + parts[place + which] for which, total in enumerate(sums[group])]
-  return [jnp.concatenate([group[which] for group in sums], axis=1) for which in range(2)]
+  sums = [[0.0] * plan.groups for _ in range(2)]
+  for which, of_groups in enumerate(sums):
+    for square, (left, right) in enumerate(plan.squares):
+      slot, within = 2 * square + which, square >= plan.apart
+      if within:
+        slot += 2 * (square - plan.apart)
+        of_groups[left] += of_columns[0, slot] + of_columns[1, slot]
+      if within and left != right:
+        of_groups[right] += of_rows[slot + 2]
+      if left != right:
+        of_groups[right] += of_columns[0, slot + 2 * within] + of_columns[1, slot + 2 * within]
+      of_groups[left] += of_rows[slot]
+  return [jnp.concatenate(of_groups, axis=1) for of_groups in sums]
 
 
 def _planes_kernel(
-  squares_ref, u_ref, q_ref, weight_ref, dy_ref, parts_ref, *, plan: Plan, rows: int
+  squares_ref, u_ref, q_ref, weight_ref, dy_ref, rows_ref, columns_ref, *, plan: Plan, rows: int
 ):
-  """A square is done in two halves, so that the products of one at a time are in the registers."""
-  tile, square = _divide(pl.program_id(0), len(plan.squares))
+  """For half of a square, which leaves registers for the products."""
+  tile, number = _divide(pl.program_id(0), 2 * len(plan.squares))
+  square, half = _divide(number, 2)
+  left, right = squares_ref[square, 0], squares_ref[square, 1]
   depth, few = min(32 if plan.exact else 64, tile_size(plan.channels)), GROUP // 2
   tokens, token = pl.ds(tile * rows, rows), tile * rows + jnp.arange(rows)
   exists = (token < plan.batch * plan.length) if plan.batch * plan.length % rows else None
 
-  def step(number, halves):
-    column = number * depth + jnp.arange(depth)
+  def step(step, total):
+    column = step * depth + jnp.arange(depth)
     inside = column < plan.channels if plan.channels % depth else None
-    columns = pl.ds(jnp.int32(number * depth), depth)
+    columns = pl.ds(jnp.int32(step * depth), depth)
     dy = load(dy_ref, (pl.ds(jnp.int32(tile * rows), rows), columns), exists, inside)
-    return tuple(
-      half + dot(dy, weight_ref[pl.ds(square * SQUARE + number, few * GROUP), columns], (1, 1))
-      for half, number in zip(halves, (0, few * GROUP), strict=True)
-    )
+    weight = weight_ref[pl.ds(number * few * GROUP, few * GROUP), columns]
+    return total + dot(dy, weight, (1, 1))
 
-  zeros = jnp.zeros((rows, few * GROUP), jnp.float32)
-  halves = jax.lax.fori_loop(0, pl.cdiv(plan.channels, depth), step, (zeros, zeros))
+  dp = jnp.zeros((rows, few * GROUP), jnp.float32)
+  dp = jax.lax.fori_loop(0, pl.cdiv(plan.channels, depth), step, dp)
+  dp = dp.reshape(rows, few, GROUP)
 
-  def put(slot, left, right, there):
-    """Cotangents of u and q: in `slot` of channels of `left`, the next of channels of `right`."""
-    of_columns = [0.0, 0.0]
-    for half, dp in enumerate(halves):
-      dp = dp.reshape(rows, few, GROUP)
-      if there is not None:
-        dp = jnp.where(there(*_lines(few, few * half)), dp, 0)
-      for which, (ref, sign) in enumerate(((q_ref, 1), (u_ref, -1))):
-        row = ref[tokens, pl.ds(GROUP * left + few * half, few)]
-        column = ref[tokens, pl.ds(GROUP * right, GROUP)]
-        of_rows = sign * jnp.sum(dp * column[:, None, :], axis=2)
-        parts_ref[slot + which, tokens, pl.ds(few * half, few)] = of_rows
-        of_columns[which] -= sign * jnp.sum(dp * row[:, :, None], axis=1)
-    for which, total in enumerate(of_columns):
-      parts_ref[slot + 2 + which, tokens, :] = total
-
-  left, right = squares_ref[square, 0], squares_ref[square, 1]
+  def contract(dp, left, right, slot):
+    for which, (ref, sign) in enumerate(((q_ref, 1), (u_ref, -1))):
+      few_rows = pl.ds(few * half, few)
+      row = ref[tokens, pl.ds(GROUP * left + few * half, few)][:, :, None]
+      column = ref[tokens, pl.ds(GROUP * right, GROUP)][:, None, :]
+      rows_ref[slot + which, tokens, few_rows] = sign * jnp.sum(dp * column, axis=2)
+      columns_ref[half, slot + which, tokens, :] = -sign * jnp.sum(dp * row, axis=1)
 
   @pl.when(square < plan.apart)
   def _():
-    put(4 * square, left, right, None)
+    contract(dp, left, right, 2 * square)
 
   @pl.when(square >= plan.apart)
   def _():
-    slot = 4 * plan.apart + 8 * (square - plan.apart)
-    put(slot, left, left, lambda row, column: row < column)
-    put(slot + 4, right, right, lambda row, column: row > column)
+    slot = 2 * plan.apart + 4 * (square - plan.apart)
+    row, column = _lines(few, few * half)
+    contract(jnp.where(row < column, dp, 0), left, left, slot)
+    contract(jnp.where(row > column, dp, 0), right, right, slot + 2)
 
 
 def _weight_gradients(plan: Plan, u, q, reach, dy, interpret):
