@@ -3,7 +3,7 @@
 The coordinates of a token with all of its partners collapse to those of one plane: with u the unit
 vector of the token and q_d what its partner has across u, normalised, their mean is that of u and
 q = mean of q_d. Three kernels share this:
-  directions  one program for ROWS tokens: u and q, float32, 8 R bytes a token.
+  directions  one program for a few tokens: u and q, float32, 8 R bytes a token.
   forward     grid (D / columns x tokens / rows): y = coordinates of (u, q) @ weight. The coordinates
               are made in registers, STEP at a time, and go to the tensor cores as operand.
 Backward, from dy:
@@ -11,7 +11,7 @@ Backward, from dy:
               are at once contracted with u and q, so that 4 GROUP floats of GROUP^2 are written.
   weight      grid (D / columns x coordinates / rows x parts): sums over a part of the tokens of
               coordinates^T @ dy, the coordinates made again. XLA adds the parts.
-  tokens      one program for ROWS tokens: dz, as tokens and as partners of later ones.
+  tokens      one program for a few tokens: dz, as tokens and as partners of later ones.
 
 Pairs i < j stand in squares of GROUP x GROUP, channels of one group beside those of another, so that
 coordinates are products of a column and a row, and their gradients sums over rows and columns. The
@@ -41,7 +41,7 @@ GROUP = 16  # channels along a side of a square
 SQUARE = GROUP * GROUP
 AT_ONCE = 2  # rows of a square whose coordinates are one operand of `forward`
 STEP = AT_ONCE * GROUP
-ROWS = 32  # tokens of a program of the kernels that know no coordinates
+TILE = 1024  # numbers of a tile of the kernels that know no coordinates
 PARTS = 256  # programs that sum the gradient of the weight; more would only add parts to add
 
 
@@ -94,6 +94,11 @@ class Plan:
   def lanes(self) -> int:
     """Channels of a tile that holds them all."""
     return tile_size(self.rank)
+
+  @property
+  def rows(self) -> int:
+    """Tokens of such a tile."""
+    return TILE // self.lanes
 
   @property
   def apart(self) -> int:
@@ -217,7 +222,7 @@ def backward(
   dplanes = _plane_cotangents(plan, u, q, weight, dy, interpret)
   dtokens = plan.call(
     _tokens_kernel,
-    (pl.cdiv(plan.batch * (plan.earlier + plan.length), ROWS),),
+    (pl.cdiv(plan.batch * (plan.earlier + plan.length), plan.rows),),
     jax.ShapeDtypeStruct((plan.batch * (plan.earlier + plan.length), plan.rank), jnp.float32),
     name="backward_tokens",
     warps=4,
@@ -254,7 +259,7 @@ def _directions(plan: Plan, z, before, reach, interpret):
   shape = jax.ShapeDtypeStruct((plan.tokens, GROUP * plan.groups), jnp.float32)
   return plan.call(
     _directions_kernel,
-    (plan.tokens // ROWS,),
+    (plan.tokens // plan.rows,),
     [shape, shape],
     name="directions",
     warps=4,
@@ -263,7 +268,8 @@ def _directions(plan: Plan, z, before, reach, interpret):
 
 
 def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
-  token = pl.program_id(0) * ROWS + jnp.arange(ROWS)
+  start = pl.program_id(0) * plan.rows
+  token = start + jnp.arange(plan.rows)
   row, time = _divide(token, plan.length)
   exists = token < plan.batch * plan.length
   place = row * (plan.earlier + plan.length) + plan.earlier + time
@@ -275,7 +281,7 @@ def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
     v = _load_tokens(plan, tokens_ref, place - offset, offset <= reach)
     q += _across(plan, u, inverse, v).q
   q /= jnp.maximum(found, 1).astype(jnp.float32)[:, None]
-  index = (pl.ds(pl.program_id(0) * ROWS, ROWS), pl.ds(jnp.int32(0), plan.lanes))
+  index = (pl.ds(start, plan.rows), pl.ds(jnp.int32(0), plan.lanes))
   inside = jnp.arange(plan.lanes) < u_ref.shape[1]
   store(u_ref, index, u, None, inside)
   store(q_ref, index, q, None, inside)
@@ -569,7 +575,7 @@ def _weight_kernel(
 
 
 def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: Plan):
-  place = pl.program_id(0) * ROWS + jnp.arange(ROWS)
+  place = pl.program_id(0) * plan.rows + jnp.arange(plan.rows)
   wide = plan.earlier + plan.length
   row, time = _divide(place, wide)
   time -= plan.earlier
