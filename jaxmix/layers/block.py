@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PLACEMENTS = ("pre_norm", "post_norm")
+PLACEMENTS = ("pre_norm", "post_norm", "gated_post_norm")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -26,12 +26,14 @@ class Block(nnx.Module):
         2002.04745)
       post_norm:  x = norm(x + mixer(x));   x = norm(x + mlp(x))       (Vaswani et al. 2017, arXiv
         1706.03762)
+      gated_post_norm:  x = norm(mixer(x));   x = norm(x + mlp(x))     (Zhang 2025, arXiv
+        2512.19428: only a gate inside the mixer leads past it)
 
   Args:
     mixer: a mixer (jaxmix.mixers).   mlp: a channel mixer [B, T, D] -> [B, T, D], or None: the
       mixer's branch is then the whole layer.
     norm: makes a norm; called once a branch.
-    placement: "pre_norm" or "post_norm".
+    placement: one of these names.
     dropout_rate: of each branch before it joins the residual stream.
   """
 
@@ -61,8 +63,11 @@ class Block(nnx.Module):
     y, state = self.mixer(
       self.mixer_norm(x) if pre else x, state=state, segment_ids=segment_ids, positions=positions
     )
-    x = x + dropout(y, self.dropout_rate, keys[0])
-    x = x if pre else self.mixer_norm(x)
+    if self.placement == "gated_post_norm":
+      x = dropout(self.mixer_norm(y), self.dropout_rate, keys[0])
+    else:
+      x = x + dropout(y, self.dropout_rate, keys[0])
+      x = x if pre else self.mixer_norm(x)
     if self.mlp is None:
       return x, state
     y = self.mlp(self.mlp_norm(x) if pre else x)

@@ -23,8 +23,9 @@ class Linear(nnx.Module):
       512}.
     outputs: the same for the axes of y, such as {"heads": 8, "head": 64}.
     bias: add a bias, zero at first.
-    rngs: gives the kernel, normal with standard deviation 1 / sqrt(inputs), so that y has the
+    std: standard deviation of the kernel at first; None means 1 / sqrt(inputs), so that y has the
       variance of x.
+    rngs: gives the kernel, normal.
   Attributes:
     flops_per_token: floating-point operations of one token in one layer, a multiply-add counted as
       two.
@@ -36,23 +37,29 @@ class Linear(nnx.Module):
     outputs: Mapping[str, int],
     *,
     bias: bool = False,
+    std: float | None = None,
     rngs: nnx.Rngs,
   ):
     shape = (*inputs.values(), *outputs.values())
-    std = math.prod(inputs.values()) ** -0.5
+    std = math.prod(inputs.values()) ** -0.5 if std is None else std
     kernel = std * jax.random.normal(rngs.params(), shape)
-    self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs), inputs=len(inputs))
+    self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs), inputs=len(inputs), std=std)
     zeros = jnp.zeros(tuple(outputs.values()))
     self.bias = nnx.Param(zeros, axes=tuple(outputs), inputs=0) if bias else None
     self.contracted = len(inputs)
     self.axes = (*inputs, *outputs)
     self.flops_per_token = 2 * math.prod(shape)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., *inputs] -> [..., *outputs], in the dtype of x."""
+  def __call__(self, x: jax.Array, *, dtype=None) -> jax.Array:
+    """[..., *inputs] -> [..., *outputs], computed with operands in the dtype of x and returned in
+    `dtype`; None means that of x."""
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    y = jnp.tensordot(x, self.weight(x.dtype), axes=self.contracted, preferred_element_type=dtype)
+    return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+  def weight(self, dtype) -> jax.Array:
+    """The kernel in `dtype`, for whoever multiplies by it otherwise."""
     # Cut along the model width, a kernel is gathered once, in the dtype of x, before it is used
     # (ZeRO-3). Left to itself the compiler may gather it part by part in the midst of the product,
     # and read x once for each part.
-    kernel = sharding.gather(self.kernel[...].astype(x.dtype), self.axes, whole="embed")
-    y = jnp.tensordot(x, kernel, axes=self.contracted)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    return sharding.gather(self.kernel[...].astype(dtype), self.axes, whole="embed")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
 
 from jaxmix.layers.linear import Linear
 
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTIVATIONS = {
+  "gelu": jax.nn.gelu,  # by tanh
+  "exact_gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+}
 
 
 def _activation(name: str):
@@ -21,7 +28,7 @@ class DenseMLP(nnx.Module):
 
   Args:
     dim: model width D.   hidden: width between.
-    activation: "gelu", "relu" or "silu".
+    activation: one of ACTIVATIONS.
     bias: biases on both maps.
   """
 
@@ -47,7 +54,7 @@ class GatedMLP(nnx.Module):
 
   Args:
     dim: model width D.   hidden: width between.
-    activation: "gelu", "relu" or "silu".
+    activation: one of ACTIVATIONS.
     bias: biases on the three maps.
   """
 

@@ -4,6 +4,8 @@
     mixer.init_state(batch_size, *, dtype=float32) -> state
     mixer.flops(batch, length) -> int
     mixer.place(layer, layers)      # where something at first depends on the depth; called once
+    mixer.vary(number)              # where layers differ by their number; they repeat after
+                                    # mixer.variants of them
 
 `MIXERS` names them for the patterns of models.
 """
@@ -11,6 +13,7 @@
 from jaxmix.mixers.attention import Attention
 from jaxmix.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
 from jaxmix.mixers.gla import GLA
+from jaxmix.mixers.grassmann import Grassmann
 from jaxmix.mixers.hgrn2 import HGRN2
 from jaxmix.mixers.hla import HLA
 from jaxmix.mixers.lightning import Lightning
@@ -24,6 +27,7 @@ MIXERS = {
   "deltanet": DeltaNet,
   "gated_deltanet": GatedDeltaNet,
   "gla": GLA,
+  "grassmann": Grassmann,
   "hgrn2": HGRN2,
   "hla": HLA,
   "kda": KDA,

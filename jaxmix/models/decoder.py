@@ -1,8 +1,4 @@
-"""A causal language model over any pattern of mixers.
-
-The layers of one period of the pattern are one pytree; the periods are stacked along a leading axis
-and scanned, so that compile time does not grow with depth.
-"""
+"""A causal language model over any pattern of mixers."""
 
 from __future__ import annotations
 
@@ -12,43 +8,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmix.layers import MLPS, NORMS, Block, Embedding, dropout
-from jaxmix.mixers import MIXERS
+from jaxmix.layers import Embedding, dropout
+from jaxmix.models.stack import Stack
 from jaxmix.ops import document_positions, last_token
 from jaxmix.sharding import constrain
 
-# name -> what the backward pass finds saved of each period; everything else is computed again
-REMAT_POLICIES: dict[str, Callable | None] = {
-  "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 
-
-class Decoder(nnx.Module):
+class Decoder(Stack):
   """Token embedding, a stack of residual blocks, a norm, and logits.
 
   Args:
-    vocab_size: tokens of the vocabulary.   dim: model width D.   depth: number of layers, a
-      multiple of the pattern's length.
-    pattern: names of mixers, repeated over the depth, such as ("linear_attention",
-      "linear_attention", "attention").
-    mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes
-      `jaxmix.mixers.MIXERS` with their defaults. Give `{"local": partial(Attention, window=128)}`
-      to configure one.
-    mlp: "gated", "dense", or "none", where a layer is its mixer alone.
-    mlp_dim: hidden width of the MLP; None means 4 D, or 8 D / 3 rounded up to 64 when gated.
-    activation: of the MLP; None means "silu" when gated and "gelu" when dense.
-    norm: "rms" or "layer".   placement: "pre_norm" or "post_norm".
-    bias: biases in the MLPs (mixers have their own setting).
+    vocab_size: tokens of the vocabulary.
     tied_embeddings: the logits read the table of the token embedding.
     learned_positions: vectors in a table of learned positions, added to the tokens; None means no
       table.
     dropout_rate: of the embedded tokens and of each branch.
-    remat: what is saved for the backward pass: "none" (all is), "dots" (results of weight matmuls),
-      "full" (only the inputs of each period).
-    dtype: of the activations, "float32" or "bfloat16"; parameters are float32.
-    rngs: gives the initial parameters.
+    The rest: see `jaxmix.models.stack.Stack`.
   Raises:
     ValueError: a name is unknown, or depth does not hold whole patterns.
   """
@@ -72,68 +47,32 @@ class Decoder(nnx.Module):
     dropout_rate: float = 0.0,
     remat: str = "none",
     dtype: str = "float32",
+    init_std: float | None = None,
     rngs: nnx.Rngs,
   ):
-    mixers = MIXERS if mixers is None else mixers
-    for name, value, known in (
-      *(("pattern", mixer, mixers) for mixer in pattern),
-      ("mlp", mlp, (*MLPS, "none")),
-      ("norm", norm, NORMS),
-      ("remat", remat, REMAT_POLICIES),
-      ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-      if value not in known:
-        raise ValueError(
-          f"Decoder: {name} names {value!r}, which is unknown; expected one of {', '.join(known)}"
-        )
-    if not pattern or depth < 1 or depth % len(pattern):
-      raise ValueError(
-        f"Decoder: depth={depth} does not hold the pattern of {len(pattern)} mixers a whole "
-        "number of times; change one of them"
-      )
-    if not 0 <= dropout_rate < 1:
-      raise ValueError(f"Decoder: dropout_rate={dropout_rate}, expected at least 0 and below 1")
-    mlp_dim = mlp_dim or (-(-8 * dim // 3 // 64) * 64 if mlp == "gated" else 4 * dim)
-    activation = activation or ("silu" if mlp == "gated" else "gelu")
-
-    def make_mixer(name: str, layer: jax.Array, rngs: nnx.Rngs) -> nnx.Module:
-      mixer = mixers[name](dim, rngs=rngs)
-      if hasattr(mixer, "place"):
-        mixer.place(layer, depth)
-      return mixer
-
-    def make_mlp(rngs: nnx.Rngs) -> nnx.Module | None:
-      if mlp == "none":
-        return None
-      return MLPS[mlp](dim, mlp_dim, activation=activation, bias=bias, rngs=rngs)
-
-    def make_period(key: jax.Array, first: jax.Array) -> nnx.Dict:
-      rngs = nnx.Rngs(params=key)
-      return nnx.Dict(
-        {
-          f"{index}_{name}": Block(
-            make_mixer(name, first + index, rngs),
-            make_mlp(rngs),
-            lambda: NORMS[norm](dim),
-            placement=placement,
-            dropout_rate=dropout_rate,
-          )
-          for index, name in enumerate(pattern)
-        }
-      )
-
     self.embedding = Embedding(vocab_size, dim, rngs=rngs)
     self.position_embedding = (
       Embedding(learned_positions, dim, axis="position", rngs=rngs) if learned_positions else None
     )
-    keys = jax.random.split(rngs.params(), depth // len(pattern))
-    self.layers = jax.vmap(make_period)(keys, jnp.arange(0, depth, len(pattern)))
-    for parameter in jax.tree.leaves(self.layers, is_leaf=lambda x: isinstance(x, nnx.Param)):
-      parameter.set_metadata(axes=("layers", *parameter.get_metadata()["axes"]))
-    self.final_norm = NORMS[norm](dim) if placement == "pre_norm" else None
+    super().__init__(
+      dim,
+      depth,
+      pattern=pattern,
+      mixers=mixers,
+      mlp=mlp,
+      mlp_dim=mlp_dim,
+      activation=activation,
+      norm=norm,
+      placement=placement,
+      bias=bias,
+      dropout_rate=dropout_rate,
+      remat=remat,
+      dtype=dtype,
+      init_std=init_std,
+      rngs=rngs,
+    )
     self.output = None if tied_embeddings else Embedding(vocab_size, dim, rngs=rngs)
-    self.vocab_size, self.dim, self.depth, self.pattern = vocab_size, dim, depth, tuple(pattern)
-    self.dropout_rate, self.remat, self.dtype = dropout_rate, remat, dtype
+    self.vocab_size = vocab_size
 
   def __call__(self, tokens: jax.Array, *, state=None, segment_ids=None, positions=None):
     """Logits of the next token.
@@ -167,7 +106,7 @@ class Decoder(nnx.Module):
     positions = counted if positions is None else positions
     embedding_key, layer_keys = None, None
     if dropout_key is not None:
-      embedding_key, *layer_keys = jax.random.split(dropout_key, 1 + self._periods)
+      embedding_key, *layer_keys = jax.random.split(dropout_key, 1 + self.periods)
       layer_keys = jnp.stack(layer_keys)
 
     x = self.embedding(tokens, jnp.dtype(self.dtype))
@@ -176,29 +115,15 @@ class Decoder(nnx.Module):
     x = dropout(x, self.dropout_rate, embedding_key)
     x = constrain(x, "batch", "length", None)
 
-    def apply_period(x, blocks, states, key):
-      after = {}
-      for index, name in enumerate(self._block_names):
-        x, after[name] = blocks[name](
-          x,
-          state=None if states is None else states[name],
-          segment_ids=segment_ids,
-          positions=positions,
-          dropout_key=None if key is None else jax.random.fold_in(key, index),
-        )
-        x = constrain(x, "batch", "length", None)
-      return x, after
-
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      apply_period = jax.checkpoint(apply_period, policy=policy, prevent_cse=False)
-    x, layer_states = self._scan_periods(apply_period, x, layer_states, layer_keys)
+    x, layer_states = self.apply_layers(
+      x, layer_states, layer_keys, segment_ids=segment_ids, positions=positions
+    )
     state = {
       "layers": layer_states,
       "segment_id": last_token(ids, ids, last_id),
       "position": last_token(ids, counted + 1, first),
     }
-    return x if self.final_norm is None else self.final_norm(x), state
+    return x, state
 
   @property
   def output_table(self) -> jax.Array:
@@ -217,50 +142,16 @@ class Decoder(nnx.Module):
   def init_state(self, batch_size: int) -> dict:
     """The state before the first token: the mixers' and the document and position reached."""
 
-    def stacked(block: Block):
-      state = block.mixer.init_state(batch_size, dtype=jnp.dtype(self.dtype))
-      return jax.tree.map(lambda x: jnp.broadcast_to(x, (self._periods, *x.shape)), state)
-
     return {
-      "layers": {name: stacked(block) for name, block in self.layers.items()},
+      "layers": self.init_layer_states(batch_size),
       "segment_id": jnp.zeros(batch_size, jnp.int32),
       "position": jnp.zeros(batch_size, jnp.int32),
     }
 
   def flops(self, batch: int, length: int) -> int:
     """Floating-point operations of a forward pass with logits, a multiply-add counted as two."""
-    period = sum(block.flops(batch, length) for block in self.layers.values())
-    return self._periods * period + 2 * batch * length * self.dim * self.vocab_size
-
-  def _scan_periods(self, apply_period, x, states, keys):
-    """Applies the periods one after the other; states stacked over the periods, or None."""
-    if states is None:
-      return jax.lax.scan(lambda x, at: apply_period(x, at[0], None, at[1]), x, (self.layers, keys))
-
-    # States that go on are carried, not scanned over: a period then updates its part in place,
-    # where a scan would copy every cache for every token.
-    def step(carry, at):
-      x, states = carry
-      blocks, index, key = at
-      now = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, index, keepdims=False), states)
-      x, after = apply_period(x, blocks, now, key)
-      states = jax.tree.map(
-        lambda z, new: jax.lax.dynamic_update_index_in_dim(z, new.astype(z.dtype), index, 0),
-        states,
-        after,
-      )
-      return (x, states), None
-
-    periods = (self.layers, jnp.arange(self._periods), keys)
-    return jax.lax.scan(step, (x, states), periods)[0]
-
-  @property
-  def _periods(self) -> int:
-    return self.depth // len(self.pattern)
-
-  @property
-  def _block_names(self) -> list[str]:
-    return [f"{index}_{name}" for index, name in enumerate(self.pattern)]
+    logits = 2 * batch * length * self.dim * self.vocab_size
+    return self.layer_flops(batch, length) + logits
 
   def _resume(self, state: dict | None, ids: jax.Array | None, batch: int):
     """States of the layers, the document they belong to and the position it has reached.

@@ -2,6 +2,7 @@
 
 from jaxmix.ops.attention import attention, attention_state
 from jaxmix.ops.delta_rule import delta_rule
+from jaxmix.ops.grassmann import grassmann_mix, grassmann_state
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
@@ -15,6 +16,8 @@ __all__ = [
   "document_indices",
   "document_positions",
   "explain_implementation",
+  "grassmann_mix",
+  "grassmann_state",
   "higher_order_linear_attention",
   "last_token",
   "linear_attention",

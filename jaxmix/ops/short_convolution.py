@@ -19,7 +19,16 @@ import jax.numpy as jnp
 
 from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
-from jaxmix.ops.segments import check_segment_ids, document_indices
+from jaxmix.ops.segments import (
+  check_segment_ids,
+  document_indices,
+  document_positions,
+  in_order,
+  newest_rows,
+  order,
+  over_padding,
+  take_rows,
+)
 from pallas_kernels.short_convolution import gpu, reference, tpu
 
 ACTIVATIONS = (None, "silu")
@@ -127,9 +136,9 @@ def _convolve(x, weight, bias, state, segment_ids, call: _Call):
   form = functools.partial(_forward, activation=call.activation)
   kernel = functools.partial(tpu.forward, activation=call.activation)
   functions = {
-    "xla": functools.partial(_over_padding, form),
-    "tpu": sharding.shard_kernel(functools.partial(_over_padding, kernel), ARRAYS, ROWS),
-    "gpu": functools.partial(_in_order, form),
+    "xla": functools.partial(_on_rows, over_padding, form),
+    "tpu": sharding.shard_kernel(functools.partial(_on_rows, over_padding, kernel), ARRAYS, ROWS),
+    "gpu": functools.partial(_on_rows, in_order, form),
   }
   functions = {name: functools.partial(_with_last_inputs, f) for name, f in functions.items()}
   functions["reference"] = functools.partial(_by_definition, call.activation)
@@ -148,8 +157,8 @@ def _convolve_backward(call: _Call, arrays, cotangents):
   by_gpu = functools.partial(gpu.backward, activation=call.activation)
   axes = (*ARRAYS, ROWS), GRADIENTS
   functions = {
-    "xla": functools.partial(_over_padding, form),
-    "tpu": sharding.shard_kernel(functools.partial(_over_padding, by_tpu), *axes),
+    "xla": functools.partial(_on_rows, over_padding, form),
+    "tpu": sharding.shard_kernel(functools.partial(_on_rows, over_padding, by_tpu), *axes),
     "gpu": sharding.shard_kernel(functools.partial(_backward_by_gpu, by_gpu), *axes),
   }
   functions = {name: functools.partial(_with_state, f) for name, f in functions.items()}
@@ -179,10 +188,7 @@ def _gradient_of_definition(activation, x, weight, bias, state, segment_ids, dy,
 
 
 def _with_last_inputs(form, x, weight, bias, state, segment_ids):
-  y = form(x, weight, bias, state, segment_ids)
-  rows, kept = _last_inputs(x.shape[1], state.shape[1], segment_ids)
-  of_row = jnp.take_along_axis(x, jnp.minimum(rows, x.shape[1] - 1)[..., None], axis=1)
-  return y, jnp.where((rows < x.shape[1])[..., None], of_row, _keep(state, kept))
+  return form(x, weight, bias, state, segment_ids), newest_rows(state, x, segment_ids)
 
 
 def _with_state(form, x, weight, bias, state, segment_ids, dy, dlast):
@@ -194,10 +200,14 @@ def _with_state(form, x, weight, bias, state, segment_ids, dy, dlast):
   _, pull = jax.vjp(_from_state, _wide(state), weight.astype(dz.dtype))
   dstate, dweight_of_state = pull(dz)
 
-  rows, kept = _last_inputs(x.shape[1], state.shape[1], segment_ids)
-  dx = dx.at[jnp.arange(x.shape[0])[:, None], rows].add(dlast, mode="drop")
-  (dkept,) = jax.vjp(lambda state: _keep(state, kept), _wide(state))[1](_wide(dlast))
-  gradients = (dx, dweight.sum(0) + dweight_of_state, dbias.sum(0), dstate + dkept)
+  newest = functools.partial(newest_rows, segment_ids=segment_ids)
+  dkept, dx_of_newest = jax.vjp(newest, state, x)[1](dlast)
+  gradients = (
+    dx + dx_of_newest,
+    dweight.sum(0) + dweight_of_state,
+    dbias.sum(0),
+    dstate + _wide(dkept),
+  )
   return tuple(
     d.astype(of.dtype) for d, of in zip(gradients, (x, weight, bias, state), strict=True)
   )
@@ -208,31 +218,6 @@ def _from_state(state, weight):
   count = state.shape[1]
   padded = jnp.pad(state, ((0, 0), (0, count), (0, 0)))
   return sum((padded[:, i : i + count] * weight[:, i] for i in range(count)), jnp.zeros_like(state))
-
-
-def _last_inputs(length: int, count: int, segment_ids):
-  """Where each of the `count` inputs that become the state stands: the row of x, or `length` where
-  it is none; the place in the state before, or `count` where it is none."""
-  place = jnp.arange(count)[None]
-  if segment_ids is None:
-    row = place + length - count
-    return jnp.where(row >= 0, row, length), jnp.where(row >= 0, count, place + length)
-  documents, index = document_indices(segment_ids), jnp.arange(length)
-  in_last = (segment_ids != 0) & (documents == documents[:, -1:])
-  rows, before = [], jnp.full((segment_ids.shape[0], 1), length)
-  for _ in range(count):  # from the newest to the oldest
-    before = jnp.max(jnp.where(in_last & (index < before), index, -1), axis=1, keepdims=True)
-    rows.append(before)
-  rows = jnp.concatenate([jnp.zeros_like(before[:, :0]), *reversed(rows)], axis=1)
-  kept = place + jnp.sum(in_last, axis=1, keepdims=True)
-  kept = jnp.where((rows < 0) & (documents[:, -1:] == 0), kept, count)
-  return jnp.where(rows >= 0, rows, length), kept
-
-
-def _keep(state, kept):
-  """The inputs of the state that are still among the last, at their new places; elsewhere 0."""
-  padded = jnp.pad(state, ((0, 0), (0, 1), (0, 0)))
-  return jnp.take_along_axis(padded, kept[..., None], axis=1)
 
 
 def _wide(x):
@@ -298,60 +283,23 @@ def _reach(segment_ids, width: int):
   document are neighbours; -1 at padding. At the start of a row they go into the state."""
   if segment_ids is None:
     return None
-  live, documents = segment_ids != 0, document_indices(segment_ids)
-  within, reach = live, jnp.where(live, 0, -1)
-  for j in range(1, width):
-    within &= _shift(live, j, True) & (_shift(documents, j, 0) == documents)
-    reach += within
-  return reach
+  before = jnp.full(segment_ids.shape[0], width - 1, jnp.int32)
+  reach = jnp.minimum(document_positions(segment_ids, before), width - 1)
+  return jnp.where(segment_ids != 0, reach, -1)
 
 
-def _order(segment_ids):
-  """[B, T] twice: the row of each token, in their order and behind them those of the padding; and
-  the place of each row in that order."""
-  batch, length = segment_ids.shape
-  index = jnp.arange(length, dtype=jnp.int32)
-  live = segment_ids != 0
-  count = jnp.cumsum(live, axis=1, dtype=jnp.int32)
-  places = jnp.where(live, count - 1, count[:, -1:] + index - count)
-  rows = jnp.zeros((batch, length), jnp.int32)
-  rows = rows.at[jnp.arange(batch)[:, None], places].set(index, unique_indices=True)
-  return rows, places
+def _on_rows(arrange, form, x, weight, bias, state, segment_ids, *dy):
+  """A form on rows that `arrange`, one of jaxmix.ops.segments, has put in order."""
 
+  def run(segment_ids, x, *dy):
+    return form(x, weight, bias, state, _reach(segment_ids, weight.shape[1]), *dy)
 
-def _take(x, rows):
-  return jnp.take_along_axis(x, rows.reshape(*rows.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-
-def _in_order(form, x, weight, bias, state, segment_ids, *dy):
-  """A form on rows whose padding is moved behind their tokens; y, or dx, is put back."""
-  if segment_ids is None:
-    return form(x, weight, bias, state, None, *dy)
-  rows, places = _order(segment_ids)
-  x, segment_ids, *dy = (_take(array, rows) for array in (x, segment_ids, *dy))
-  results = form(x, weight, bias, state, _reach(segment_ids, weight.shape[1]), *dy)
-  if not dy:
-    return _take(results, places)
-  dx, *others = results
-  return _take(dx, places), *others
-
-
-def _over_padding(form, x, weight, bias, state, segment_ids, *dy):
-  """A form on rows as they stand, or in order if there is padding inside a document."""
-  if segment_ids is None:
-    return form(x, weight, bias, state, None, *dy)
-  live, documents = segment_ids != 0, document_indices(segment_ids)
-  inside = live[:, 1:] & ~live[:, :-1] & (documents[:, 1:] == documents[:, :-1])
-  return jax.lax.cond(
-    jnp.any(inside),
-    lambda: _in_order(form, x, weight, bias, state, segment_ids, *dy),
-    lambda: form(x, weight, bias, state, _reach(segment_ids, weight.shape[1]), *dy),
-  )
+  return arrange(run, segment_ids, x, *dy)
 
 
 def _backward_by_gpu(kernel, x, weight, bias, state, segment_ids, dy):
   rows = reach = None
   if segment_ids is not None:
-    rows, _ = _order(segment_ids)
-    reach = _reach(_take(segment_ids, rows), weight.shape[1])
+    rows, _ = order(segment_ids)
+    reach = _reach(take_rows(segment_ids, rows), weight.shape[1])
   return kernel(x, weight, bias, state, rows, reach, dy)

@@ -24,6 +24,8 @@ def plucker(u, v, *, eps: float, normalization: str):
       "clamp":  N = max(|p|, eps)
       "safe":   N = sqrt(|p|^2 + (1e-3 |u| |v|)^2 + eps^2)
 
+  0, and without gradient, where u or v is 0.
+
   Args:
     u, v: [..., R].
   Returns:
@@ -32,11 +34,12 @@ def plucker(u, v, *, eps: float, normalization: str):
   i, j = pairs_of(u.shape[-1])
   p = u[..., i] * v[..., j] - u[..., j] * v[..., i]
   area = jnp.sum(p * p, -1, keepdims=True)
-  if normalization == "clamp":
-    positive = jnp.where(area > 0, area, 1)
-    return p / jnp.maximum(jnp.where(area > 0, jnp.sqrt(positive), 0), eps)
   lengths = jnp.sum(u * u, -1, keepdims=True) * jnp.sum(v * v, -1, keepdims=True)
-  return p / jnp.sqrt(area + RELATIVE_EPS**2 * lengths + eps**2)
+  if normalization == "clamp":
+    area = jnp.maximum(area, eps**2)
+  else:
+    area = area + RELATIVE_EPS**2 * lengths + eps**2
+  return jnp.where(lengths > 0, p / jnp.sqrt(area), 0)
 
 
 def grassmann_mix(

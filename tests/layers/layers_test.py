@@ -92,7 +92,9 @@ def test_mlps(activation, close, exact):
 def test_unknown_activation():
   with pytest.raises(ValueError) as error:
     layers.DenseMLP(8, 8, activation="tanh", rngs=RNGS)
-  assert str(error.value) == "activation='tanh' is unknown; expected one of gelu, relu, silu"
+  assert str(error.value) == (
+    "activation='tanh' is unknown; expected one of gelu, exact_gelu, relu, silu"
+  )
 
 
 def test_embedding():
@@ -176,7 +178,9 @@ def test_block(placement, close, exact):
 def test_unknown_placement():
   with pytest.raises(ValueError) as error:
     layers.Block(None, None, None, placement="sandwich", dropout_rate=0.0)
-  assert str(error.value) == "placement='sandwich' is unknown; expected one of pre_norm, post_norm"
+  assert str(error.value) == (
+    "placement='sandwich' is unknown; expected one of pre_norm, post_norm, gated_post_norm"
+  )
 
 
 @pytest.mark.parametrize("name", ["softplus", "lower_bound"])

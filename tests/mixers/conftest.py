@@ -20,6 +20,7 @@ from jaxmix.mixers import (
   Attention,
   DeltaNet,
   GatedDeltaNet,
+  Grassmann,
   Lightning,
   LinearAttention,
   Mamba2,
@@ -143,6 +144,13 @@ CASES = [
             decay="constant"),
   recurrent("hla_third", HLA, 5 * 32 * DIM, 2 * 4 * 8 * (8 + 2 * 9), heads=4, order="third",
             decay="none", normalize=True),
+  # Three maps of the blend; of the op, a product and a half a pair of channels.
+  recurrent("grassmann", Grassmann, (8 + 28 + 2 * 32) * DIM, 28 * 3 // 2, rank=8, schedule=(3, 5),
+            exceptions={"extremes": "tiny inputs leave the bias of the states, parallel vectors; "
+                        "huge ones a gate that turns on their last digits"}),
+  recurrent("grassmann_offsets", Grassmann, (8 + 20 + 3 * 32) * DIM, 20 * 3 // 2, rank=8, heads=2,
+            offsets=(1, 2, 5, 17), affine=True, gate="product", norm=True, unpaired="bias",
+            output_projection=True),
 ]  # fmt: skip
 
 
