@@ -18,7 +18,7 @@ coordinates are products of a column and a row, and their gradients sums over ro
 pairs within groups lie two groups to a square, one above and one below its diagonal: for R = 32
 that is 512 coordinates for 496 pairs.
 
-Bytes, a token, at b bytes a number of y: forward b D + 24 R; backward 2 b D + 8 R squares... 
+Bytes, a token, at b bytes a number of y: forward b D + 24 R; backward 2 b D + 8 R squares...
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pallas_kernels.grassmann.reference import RELATIVE_EPS
 
 DTYPES = ("float32", "bfloat16")
 WIDEST = 128
+TINY = 1e-36  # a squared length not above it is that of a zero vector, which gets no gradient
 GROUP = 16  # channels along a side of a square
 SQUARE = GROUP * GROUP
 AT_ONCE = 2  # rows of a square whose coordinates are one operand of `forward`
@@ -56,7 +57,7 @@ def refusal(z, weight, offsets) -> str | None:
   if not offsets:
     return "there are no offsets"
   if min(offsets) < 1:
-    return f"offset {min(offsets)} is below 1"
+    return f"offset {min(offsets)} points to a later token"
   return None
 
 
@@ -129,7 +130,9 @@ class Plan:
 
   def order(self) -> tuple[np.ndarray, np.ndarray]:
     """Of each coordinate in squares: its pair, R (R - 1) / 2 where it has none, and its sign."""
-    left, right = (GROUP * np.array(side)[:, None, None] for side in zip(*self.squares, strict=True))
+    left, right = (
+      GROUP * np.array(side)[:, None, None] for side in zip(*self.squares, strict=True)
+    )
     row, column = np.arange(GROUP)[:, None], np.arange(GROUP)
     within = (np.arange(len(self.squares)) >= self.apart)[:, None, None]
     lower = within & (row >= column)
@@ -160,7 +163,16 @@ class Plan:
 
 
 def forward(
-  z, before, weight, bias, reach, *, offsets, eps: float, normalization: str, interpret: bool = False
+  z,
+  before,
+  weight,
+  bias,
+  reach,
+  *,
+  offsets,
+  eps: float,
+  normalization: str,
+  interpret: bool = False,
 ):
   """Means of normalised Plücker coordinates, projected.
 
@@ -313,13 +325,13 @@ def _found(plan: Plan, reach):
 
 def _unit(u):
   """u / |u| and 1 / |u|; zeros where u is zero."""
-  inverse = _inverse_root(jnp.sum(u * u, axis=1, keepdims=True))
+  inverse = _inverse_root(jnp.sum(u * u, axis=1, keepdims=True), TINY)
   return u * inverse, inverse
 
 
-def _inverse_root(x):
-  """1 / sqrt(x), 0 where x is 0."""
-  return jnp.where(x > 0, jax.lax.rsqrt(jnp.where(x > 0, x, 1)), 0)
+def _inverse_root(x, above):
+  """1 / sqrt(x), 0 where x is not above `above`."""
+  return jnp.where(x > above, jax.lax.rsqrt(jnp.where(x > above, x, 1)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,16 +354,15 @@ class _Across:
 
 def _across(plan: Plan, u, inverse_length, v) -> _Across:
   """u: [tokens, R], unit vectors.   inverse_length: [tokens, 1], of the tokens.   v: partners."""
-  along = jnp.sum(u * v, axis=1, keepdims=True)
+  along, length = (jnp.sum(x * v, axis=1, keepdims=True) for x in (u, v))
   across = v - along * u
   area, floor = jnp.sum(across * across, axis=1, keepdims=True), (plan.eps * inverse_length) ** 2
-  if plan.normalization == "clamp":
-    of_area = jnp.where(area > floor, 1.0, 0.0)
-    inverse = _inverse_root(jnp.maximum(area, floor))
-    return _Across(across * inverse, along, inverse, of_area, 1 - of_area)
-  square = area + RELATIVE_EPS**2 * jnp.sum(v * v, axis=1, keepdims=True) + floor
-  inverse = _inverse_root(square)
-  return _Across(across * inverse, along, inverse, 1.0, floor * inverse * inverse)
+  clamps = plan.normalization == "clamp"
+  of_area = jnp.where(area > floor, 1.0, 0.0) if clamps else 1.0
+  square = jnp.maximum(area, floor) if clamps else area + RELATIVE_EPS**2 * length + floor
+  inverse = jnp.where(length > TINY, _inverse_root(square, 0), 0)
+  of_floor = 1 - of_area if clamps else floor * inverse * inverse
+  return _Across(across * inverse, along, inverse, of_area, of_floor)
 
 
 def _pull_across(plan: Plan, u, inverse_length, v, dq):
