@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class Plan:
   """The sizes of a call.
 
   Attributes:
-    batch, length, rank, channels: B, T, R, D.   earlier: M, tokens before the first.
+    batch, length, heads, rank, channels: B, T, H, R, D.   earlier: M, tokens before the first.
     exact: whether the operands of products are float32.
     offsets, eps, normalization: see `forward`.
   """
@@ -74,6 +75,7 @@ class Plan:
   batch: int
   length: int
   earlier: int
+  heads: int
   rank: int
   channels: int
   exact: bool
@@ -88,29 +90,36 @@ class Plan:
 
   @property
   def groups(self) -> int:
-    """Groups of channels."""
+    """Groups of channels of a head."""
     return pl.cdiv(self.rank, GROUP)
 
   @property
   def lanes(self) -> int:
-    """Channels of a tile that holds them all."""
+    """Channels of a tile that holds all of a head."""
     return tile_size(self.rank)
 
   @property
   def rows(self) -> int:
-    """Tokens of such a tile."""
+    """Heads of tokens in such a tile."""
     return TILE // self.lanes
+
+  @property
+  def pairs(self) -> int:
+    """Pairs of channels of a head."""
+    return self.rank * (self.rank - 1) // 2
 
   @property
   def apart(self) -> int:
     """Squares of two groups; the squares of pairs within groups stand behind them."""
-    return self.groups * (self.groups - 1) // 2
+    return self.heads * self.groups * (self.groups - 1) // 2
 
   @property
   def squares(self) -> tuple[tuple[int, int], ...]:
     """The two groups of each square."""
-    across = zip(*np.triu_indices(self.groups, 1), strict=True)
-    within = ((g, min(g + 1, self.groups - 1)) for g in range(0, self.groups, 2))
+    first, second = np.triu_indices(self.groups, 1)
+    heads, every = self.groups * np.arange(self.heads)[:, None], self.heads * self.groups
+    across = zip((heads + first).flat, (heads + second).flat, strict=True)
+    within = ((group, min(group + 1, every - 1)) for group in range(0, every, 2))
     return tuple((int(left), int(right)) for left, right in (*across, *within))
 
   @property
@@ -129,19 +138,18 @@ class Plan:
     return pl.cdiv(self.channels, self.columns)
 
   def order(self) -> tuple[np.ndarray, np.ndarray]:
-    """Of each coordinate in squares: its pair, R (R - 1) / 2 where it has none, and its sign."""
-    left, right = (
-      GROUP * np.array(side)[:, None, None] for side in zip(*self.squares, strict=True)
-    )
+    """Of each coordinate in squares: its row of the weight, H R (R - 1) / 2 where it has none, and
+    its sign."""
+    left, right = (np.array(side)[:, None, None] for side in zip(*self.squares, strict=True))
     row, column = np.arange(GROUP)[:, None], np.arange(GROUP)
     within = (np.arange(len(self.squares)) >= self.apart)[:, None, None]
     lower = within & (row >= column)
-    first = np.where(lower, right, left) + row
-    second = np.where(within & ~lower, left, right) + column
+    of_row, of_column = np.where(lower, right, left), np.where(within & ~lower, left, right)
+    first, second = of_row % self.groups * GROUP + row, of_column % self.groups * GROUP + column
     there = (np.maximum(first, second) < self.rank) & (first != second) & ~(lower & (left == right))
     low, high = np.minimum(first, second), np.maximum(first, second)
     pair = low * self.rank - low * (low + 1) // 2 + high - low - 1
-    pair = np.where(there, pair, self.rank * (self.rank - 1) // 2)
+    pair = np.where(there, pair + of_row // self.groups * self.pairs, self.heads * self.pairs)
     return pair.reshape(-1), np.where(first < second, 1, -1).reshape(-1)
 
   def call(self, kernel, grid, out_shape, *, name, warps, stages=2, flops=0, interpret=False):
@@ -232,26 +240,28 @@ def backward(
   dy = dy.reshape(-1, plan.channels).astype(weight.dtype)
   dweight, dbias = _weight_gradients(plan, u, q, reach, dy, interpret)
   dplanes = _plane_cotangents(plan, u, q, weight, dy, interpret)
+  rows = plan.batch * (plan.earlier + plan.length) * plan.heads
   dtokens = plan.call(
     _tokens_kernel,
-    (pl.cdiv(plan.batch * (plan.earlier + plan.length), plan.rows),),
-    jax.ShapeDtypeStruct((plan.batch * (plan.earlier + plan.length), plan.rank), jnp.float32),
+    (pl.cdiv(rows, plan.rows),),
+    jax.ShapeDtypeStruct((rows, plan.rank), jnp.float32),
     name="backward_tokens",
     warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), *dplanes, reach.reshape(-1))
-  dtokens = dtokens.reshape(plan.batch, -1, plan.rank)
+  dtokens = dtokens.reshape(plan.batch, -1, *z.shape[2:])
   return dtokens[:, plan.earlier :], dtokens[:, : plan.earlier], dweight, dbias
 
 
 def _plan(z, before, weight, offsets, eps, normalization) -> Plan:
   exact = weight.dtype == jnp.float32
-  sizes = (*z.shape[:2], before.shape[1], z.shape[2], weight.shape[1])
+  heads, rank = math.prod(z.shape[2:-1]), z.shape[-1]
+  sizes = (*z.shape[:2], before.shape[1], heads, rank, weight.shape[1])
   return Plan(*sizes, exact, tuple(offsets), eps, normalization)
 
 
 def _in_line(plan: Plan, z, before):
-  """[B (M + T), R], the tokens of each row behind those before them."""
+  """[B (M + T) H, R], the tokens of each row behind those before them."""
   return jnp.concatenate([before, z], axis=1).reshape(-1, plan.rank)
 
 
@@ -267,30 +277,33 @@ def _in_squares(plan: Plan, weight):
 
 
 def _directions(plan: Plan, z, before, reach, interpret):
-  """u and q, [tokens, GROUP * groups] float32: zeros where there is no token or it has no partner."""
-  shape = jax.ShapeDtypeStruct((plan.tokens, GROUP * plan.groups), jnp.float32)
-  return plan.call(
+  """u and q, [tokens, H * GROUP * groups] float32: zeros where there is no token or it has no
+  partner."""
+  shape = jax.ShapeDtypeStruct((plan.tokens * plan.heads, GROUP * plan.groups), jnp.float32)
+  u, q = plan.call(
     _directions_kernel,
-    (plan.tokens // plan.rows,),
+    (plan.tokens * plan.heads // plan.rows,),
     [shape, shape],
     name="directions",
     warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), reach.reshape(-1))
+  return u.reshape(plan.tokens, -1), q.reshape(plan.tokens, -1)
 
 
 def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
   start = pl.program_id(0) * plan.rows
-  token = start + jnp.arange(plan.rows)
-  row, time = _divide(token, plan.length)
+  head = start + jnp.arange(plan.rows)
+  token, _ = _divide(head, plan.heads)
+  row, _ = _divide(token, plan.length)
   exists = token < plan.batch * plan.length
-  place = row * (plan.earlier + plan.length) + plan.earlier + time
+  place = head + (row + 1) * plan.earlier * plan.heads
   reach = _load_entries(reach_ref, token, exists)
   found = _found(plan, reach)
   u, inverse = _unit(_load_tokens(plan, tokens_ref, place, found > 0))
   q = jnp.zeros_like(u)
   for offset in plan.offsets:
-    v = _load_tokens(plan, tokens_ref, place - offset, offset <= reach)
+    v = _load_tokens(plan, tokens_ref, place - offset * plan.heads, offset <= reach)
     q += _across(plan, u, inverse, v).q
   q /= jnp.maximum(found, 1).astype(jnp.float32)[:, None]
   index = (pl.ds(start, plan.rows), pl.ds(jnp.int32(0), plan.lanes))
@@ -431,7 +444,7 @@ def _store_tile(ref, rows, columns, tile, exists, inside):
 
 
 def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
-  """The cotangents of u and q, [tokens, GROUP * groups]."""
+  """The cotangents of u and q, [tokens * H, GROUP * groups]."""
   rows = 32 if plan.exact else 128
   slots = 2 * plan.apart + 4 * (len(plan.squares) - plan.apart)
   of_rows, of_columns = plan.call(
@@ -447,7 +460,7 @@ def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
     flops=2 * plan.tokens * plan.coordinates * plan.channels,
     interpret=interpret,
   )(_squares(plan), u, q, _in_squares(plan, weight), dy)
-  sums = [[0.0] * plan.groups for _ in range(2)]
+  sums = [[0.0] * plan.groups * plan.heads for _ in range(2)]
   for which, of_groups in enumerate(sums):
     for square, (left, right) in enumerate(plan.squares):
       slot, within = 2 * square + which, square >= plan.apart
@@ -459,7 +472,8 @@ def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
       if left != right:
         of_groups[right] += of_columns[0, slot + 2 * within] + of_columns[1, slot + 2 * within]
       of_groups[left] += of_rows[slot]
-  return [jnp.concatenate(of_groups, axis=1) for of_groups in sums]
+  shape = plan.tokens * plan.heads, plan.groups * GROUP
+  return [jnp.concatenate(of_groups, axis=1).reshape(shape) for of_groups in sums]
 
 
 def _planes_kernel(
@@ -522,10 +536,10 @@ def _weight_gradients(plan: Plan, u, q, reach, dy, interpret):
   )(_squares(plan), u, q, reach.reshape(-1), dy)
   sums = sums.sum(0)[:, : plan.channels]
   pair, sign = plan.order()
-  pairs = plan.rank * (plan.rank - 1) // 2
-  place = np.zeros(pairs + 1, np.int32)
+  place = np.zeros(plan.heads * plan.pairs + 1, np.int32)
   place[pair] = np.arange(plan.coordinates)
-  return sums[place[:pairs]] * sign[place[:pairs], None], sums[plan.apart * SQUARE]
+  place = place[:-1]
+  return sums[place] * sign[place, None], sums[plan.apart * SQUARE]
 
 
 def _weight_kernel(
@@ -587,16 +601,17 @@ def _weight_kernel(
 
 def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: Plan):
   place = pl.program_id(0) * plan.rows + jnp.arange(plan.rows)
-  wide = plan.earlier + plan.length
+  wide = (plan.earlier + plan.length) * plan.heads
   row, time = _divide(place, wide)
-  time -= plan.earlier
   exists = place < plan.batch * wide
 
   def at(offset):
-    """The token so much later: where it is, how far it reaches."""
-    token = row * plan.length + time + offset
-    there = exists & (time + offset >= 0) & (time + offset < plan.length)
-    return token, _load_entries(reach_ref, token, there)
+    """The head of the token so much later: where it is, how far it reaches."""
+    later = time + (offset - plan.earlier) * plan.heads
+    there = exists & (later >= 0) & (later < plan.length * plan.heads)
+    head = row * plan.length * plan.heads + later
+    token, _ = _divide(jnp.where(there, head, 0), plan.heads)
+    return head, _load_entries(reach_ref, token, there)
 
   def cotangent(token, reach, mask):
     """Of q_d of a token."""
@@ -611,7 +626,7 @@ def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: 
   dq = cotangent(token, reach, live)
   for offset in plan.offsets:
     valid = offset <= reach
-    v = _load_tokens(plan, tokens_ref, place - offset, valid)
+    v = _load_tokens(plan, tokens_ref, place - offset * plan.heads, valid)
     _, more, longer = _pull_across(plan, u, inverse, v, jnp.where(valid[:, None], dq, 0))
     du += more
     dlength += longer
@@ -620,7 +635,7 @@ def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: 
   for offset in plan.offsets:
     token, reach = at(offset)
     valid = offset <= reach
-    u, inverse = _unit(_load_tokens(plan, tokens_ref, place + offset, valid))
+    u, inverse = _unit(_load_tokens(plan, tokens_ref, place + offset * plan.heads, valid))
     v = _load_tokens(plan, tokens_ref, place, valid)
     dv, _, _ = _pull_across(plan, u, inverse, v, cotangent(token, reach, valid))
     dtokens += dv
