@@ -103,7 +103,7 @@ def grassmann_mix(
 
 
 def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
-  """Those of each group, whether one sequence is given for all or one for each.
+  """The offsets of each of H groups, whether one sequence is given for all or one for each.
 
   Raises:
     ValueError: they are not whole numbers other than 0, or not one sequence a group.
@@ -124,7 +124,7 @@ def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
 def grassmann_state(
   batch: int, offsets: Sequence[int], shape: Sequence[int], dtype=jnp.float32
 ) -> dict[str, jax.Array]:
-  """The state before the first token.
+  """The state before the first token: memory [B, max(offsets), H, R] and length [B] int32.
 
   Args:
     offsets: as given to `grassmann_mix`.   shape: (H, R), or (R,) for one group.
