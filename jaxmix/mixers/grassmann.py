@@ -13,8 +13,9 @@ leaves open:
   partner stood where.
 - Norms of the coordinates are kept from 0 relative to the vectors (`normalization="safe"`).
 - Where a token has no partner, g is 0.
-- W_p begins with a standard deviation of 1, since p^ has a norm of 1: g then has the variance of
-  x. The sizes of the author's models need one more D x D map a layer, `output_projection`.
+- p^ is scaled to entries of size 1. With its norm of 1 the steps of Adam and Muon, whose size does
+  not depend on that of the gradient, would change g by sqrt(pairs) less than other maps' outputs.
+- The sizes of the author's models need one more D x D map a layer, `output_projection`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Grassmann(nnx.Module):
     output_projection: a map D x D with bias behind it.
     affine: a channel of each group that is always 1; planes then know where the states are, not
       only their directions.
+    scale: multiplies the coordinates p^; None means the root of their number in a head, as above;
+      1 as published.
     unpaired: what g is where a token has no partner, "zero" or the "bias".
     normalization, eps: see `jaxmix.ops.grassmann_mix`.
     implementation: see `jaxmix.ops.grassmann_mix`.
@@ -75,6 +78,7 @@ class Grassmann(nnx.Module):
     norm: bool = False,
     output_projection: bool = False,
     affine: bool = False,
+    scale: float | None = None,
     unpaired: str = "zero",
     normalization: str = "safe",
     eps: float = 1e-8,
@@ -100,7 +104,8 @@ class Grassmann(nnx.Module):
     self.reduce = Linear(
       {"embed": dim}, {"rank_heads": heads, "rank": rank // heads}, bias=True, rngs=rngs
     )
-    self.expand = Linear({"pairs": pairs}, {"embed": dim}, bias=True, std=1.0, rngs=rngs)
+    self.expand = Linear({"pairs": pairs}, {"embed": dim}, bias=True, rngs=rngs)
+    self.scale = math.comb(self.head_rank, 2) ** 0.5 if scale is None else scale
     gated = gate != "none"
     self.gate_x = Linear({"embed": dim}, {"mlp": dim}, bias=True, rngs=rngs) if gated else None
     self.gate_g = Linear({"embed": dim}, {"mlp": dim}, rngs=rngs) if gated else None
@@ -149,7 +154,7 @@ class Grassmann(nnx.Module):
     bias = self.expand.bias[...]
     g, state = self._mix(
       z,
-      self.expand.weight(x.dtype),
+      (self.scale * self.expand.weight(z.dtype)).astype(x.dtype),
       bias if self.unpaired == "zero" else jnp.zeros_like(bias),
       state=state,
       segment_ids=segment_ids,

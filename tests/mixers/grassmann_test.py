@@ -64,6 +64,7 @@ class Golden:
       self["x"].shape[-1],
       rank=int(self["cfg/r"]),
       offsets=self.numbers("cfg/offsets"),
+      scale=1.0,
       normalization="clamp",
       eps=float(self["cfg/eps"]),
       rngs=nnx.Rngs(params=0),
@@ -203,6 +204,7 @@ def test_golden_language_models(name, golden, close, rounding):
     return Grassmann(
       dim,
       rank=int(data["cfg/r"]),
+      scale=1.0,
       normalization="clamp",
       eps=float(data["cfg/eps"]),
       rngs=rngs,
