@@ -6,6 +6,7 @@ Rows are JSON lines. The manual: python launch/benchmark.py --help
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -35,7 +36,7 @@ examples:
   python launch/benchmark.py trainer --gin_file configs/runs/quickstart.gin
   python launch/benchmark.py decode --tokens 2000"""
 
-OPS = ("linear_attention", "delta_rule", "short_convolution", "attention")
+OPS = ("linear_attention", "delta_rule", "short_convolution", "attention", "grassmann")
 # A result may be off by this many units in the last place of its dtype, as a fraction of its RMS:
 # what the sums of a few thousand products leave. Beyond it something is wrong, not rounded.
 ALLOWED_UNITS = 64
@@ -50,6 +51,9 @@ def options() -> argparse.ArgumentParser:
   ops.add_argument("--op", nargs="+", choices=OPS, default=OPS)
   ops.add_argument(
     "--case", nargs="+", default=["cpu"], help="names in pallas_kernels/<op>/cases.py"
+  )
+  ops.add_argument(
+    "--length", type=int, nargs="+", metavar="T", help="in place of that of the case"
   )
   ops.add_argument("--implementation", nargs="+", default=["xla"], help="xla, reference, tpu")
   ops.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -101,8 +105,10 @@ def _ops(arguments: argparse.Namespace) -> Iterator[dict]:
     for name in arguments.case:
       if name not in cases:
         raise ValueError(f"--case {name}: {op} has no such case; it has {', '.join(cases)}")
-      for implementation in arguments.implementation:
-        yield _op_row(op, cases[name], implementation, arguments.dtype, arguments.repeats)
+      for length in arguments.length or [cases[name].length]:
+        case = dataclasses.replace(cases[name], length=length)
+        for implementation in arguments.implementation:
+          yield _op_row(op, case, implementation, arguments.dtype, arguments.repeats)
 
 
 def _op_row(op: str, case, implementation: str, dtype: str, repeats: int) -> dict:
@@ -110,18 +116,17 @@ def _op_row(op: str, case, implementation: str, dtype: str, repeats: int) -> dic
   import jax.numpy as jnp
   import numpy as np
 
-  from jaxmix import ops
+  from jaxmix.compile_ahead.cases import op_function
 
   # From the first token on, as most runs begin.
   arrays = {name: x for name, x in case.inputs().items() if name != "state"}
   if op == "linear_attention" and "g" not in arrays:
     for name in ("q", "k"):  # a feature map, without which nothing is summed up
       arrays[name] = np.where(arrays[name] > 0, arrays[name] + 1, np.exp(arrays[name]))
-  wide = ("g", "beta")  # float32 always
   arrays = {
-    name: jnp.asarray(x, jnp.float32 if name in wide else dtype) for name, x in arrays.items()
+    name: jnp.asarray(x, "float32" if name in case.float32 else dtype) for name, x in arrays.items()
   }
-  function = functools.partial(getattr(ops, op), **case.options())
+  function = functools.partial(op_function(op), **case.options())
 
   def forward(implementation, arrays):
     ids = case.segment_ids()

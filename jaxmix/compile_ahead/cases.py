@@ -24,7 +24,6 @@ from jaxmix.compile_ahead.targets import Target
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
 IMPLEMENTATIONS = ("tpu", "gpu", "xla", BASELINE)
-FUNCTIONS = {"grassmann": "grassmann_mix"}  # of ops whose kernels are filed under another name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class CaseProgram:
     if (ids := case.segment_ids()) is not None:
       arrays["segment_ids"] = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
     call = functools.partial(
-      getattr(ops, FUNCTIONS.get(self.op, self.op)),
+      op_function(self.op),
       **case.options(),
       implementation=self.implementation,
     )
@@ -125,6 +124,11 @@ def _both(function: Callable, arrays: dict, cotangent: jax.Array):
   numbers = {name: x for name, x in arrays.items() if name not in ids}
   y, pull = jax.vjp(lambda numbers: function({**numbers, **ids}), numbers)
   return y, pull(cotangent)
+
+
+def op_function(op: str) -> Callable:
+  """The op whose kernels are in pallas_kernels/<op>; it takes the arrays of a case by name."""
+  return getattr(ops, {"grassmann": "grassmann_mix"}.get(op, op))
 
 
 def op_names() -> tuple[str, ...]:
