@@ -51,8 +51,7 @@ PARTS = 256  # programs that sum the gradient of the weight; more would only add
 
 
 def refusal(z, weight, offsets) -> str | None:
-  """Why the kernels cannot run on z [B, T, R] or [B, T, H, R] and weight [H R (R - 1) / 2, D], or
-  None."""
+  """Why the kernels cannot run on z [B, T, H, R] and weight [H R (R - 1) / 2, D], or None."""
   if z.dtype != jnp.float32:
     return f"z is {z.dtype}, expected float32"
   if str(weight.dtype) not in DTYPES:
@@ -108,11 +107,6 @@ class Plan:
     return TILE // self.lanes
 
   @property
-  def pairs(self) -> int:
-    """Pairs of channels of a head."""
-    return self.rank * (self.rank - 1) // 2
-
-  @property
   def apart(self) -> int:
     """Squares of two groups; the squares of pairs within groups stand behind them."""
     return self.heads * self.groups * (self.groups - 1) // 2
@@ -138,7 +132,7 @@ class Plan:
 
   @property
   def blocks(self) -> int:
-    """Blocks of channels of y."""
+    """Of so many channels."""
     return pl.cdiv(self.channels, self.columns)
 
   def order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,11 +147,15 @@ class Plan:
     there = (np.maximum(first, second) < self.rank) & (first != second) & ~(lower & (left == right))
     low, high = np.minimum(first, second), np.maximum(first, second)
     pair = low * self.rank - low * (low + 1) // 2 + high - low - 1
-    pair = np.where(there, pair + of_row // self.groups * self.pairs, self.heads * self.pairs)
+    pairs = math.comb(self.rank, 2)
+    pair = np.where(there, pair + of_row // self.groups * pairs, self.heads * pairs)
     return pair.reshape(-1), np.where(first < second, 1, -1).reshape(-1)
 
-  def call(self, kernel, grid, out_shape, *, name, warps, stages=2, flops=0, interpret=False):
-    """A `pallas_call` of `kernel(*refs, plan=plan)`."""
+  def call(self, kernel, grid, out_shape, *, name: str, interpret, multiplies: bool = False):
+    """A `pallas_call` of `kernel(*refs, plan=plan)`, which multiplies all coordinates by all
+    channels, or knows no coordinates."""
+    flops = 2 * self.tokens * self.coordinates * self.channels if multiplies else 0
+    warps, stages = 8 if multiplies and not self.exact else 4, 3 if multiplies else 2
 
     def run(*arrays):
       moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, out_shape)))
@@ -175,16 +173,7 @@ class Plan:
 
 
 def forward(
-  z,
-  before,
-  weight,
-  bias,
-  reach,
-  *,
-  offsets,
-  eps: float,
-  normalization: str,
-  interpret: bool = False,
+  z, before, weight, bias, reach, *, offsets, eps: float, normalization: str, interpret=False
 ):
   """Means of normalised Plücker coordinates, projected.
 
@@ -211,25 +200,14 @@ def forward(
     (plan.tokens // rows * plan.blocks,),
     jax.ShapeDtypeStruct((z.shape[0] * z.shape[1], plan.channels), weight.dtype),
     name="forward",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, _in_squares(plan, weight), bias, reach.reshape(-1))
+  )(np.array(plan.squares, np.int32), u, q, _in_squares(plan, weight), bias, reach.reshape(-1))
   return y.reshape(*z.shape[:2], -1)
 
 
 def backward(
-  z,
-  before,
-  weight,
-  reach,
-  dy,
-  *,
-  offsets,
-  eps: float,
-  normalization: str,
-  interpret: bool = False,
+  z, before, weight, reach, dy, *, offsets, eps: float, normalization: str, interpret=False
 ):
   """Gradients of `forward`.
 
@@ -250,7 +228,6 @@ def backward(
     (pl.cdiv(rows, plan.rows),),
     jax.ShapeDtypeStruct((rows, plan.rank), jnp.float32),
     name="backward_tokens",
-    warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), *dplanes, reach.reshape(-1))
   dtokens = dtokens.reshape(plan.batch, -1, *z.shape[2:])
@@ -269,11 +246,6 @@ def _in_line(plan: Plan, z, before):
   return jnp.concatenate([before, z], axis=1).reshape(-1, plan.rank)
 
 
-def _squares(plan: Plan):
-  """[squares, 2] int32, the groups of each."""
-  return jnp.array(plan.squares, jnp.int32)
-
-
 def _in_squares(plan: Plan, weight):
   """The weights of the coordinates in squares, zeros where there is no pair or channel."""
   pair, sign = plan.order()
@@ -290,7 +262,6 @@ def _directions(plan: Plan, z, before, reach, interpret):
     (plan.tokens * plan.heads // plan.rows,),
     [shape, shape],
     name="directions",
-    warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), reach.reshape(-1))
   return u.reshape(plan.tokens, -1), q.reshape(plan.tokens, -1)
@@ -301,9 +272,8 @@ def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
   head = start + jnp.arange(plan.rows)
   token, _ = _divide(head, plan.heads)
   row, _ = _divide(token, plan.length)
-  exists = token < plan.batch * plan.length
   place = head + (row + 1) * plan.earlier * plan.heads
-  reach = _load_entries(reach_ref, token, exists)
+  reach = _load_entries(reach_ref, token, token < plan.batch * plan.length)
   found = _found(plan, reach)
   u, inverse = _unit(_load_tokens(plan, tokens_ref, place, found > 0))
   q = jnp.zeros_like(u)
@@ -371,9 +341,8 @@ class _Across:
 
 
 def _across(plan: Plan, u, inverse_length, v) -> _Across:
-  """u: [tokens, R], unit vectors, and the inverse of their lengths before, [tokens, 1].   v:
-  [tokens, R], partners, whose part along u is taken away: where they are nearly parallel, the norm
-  of a wedge product by Lagrange's identity would cancel."""
+  """u: [tokens, R], unit vectors, with the inverse of their lengths before.   v: [tokens, R]. By
+  Gram-Schmidt: where u and v are nearly parallel, Lagrange's identity would cancel."""
   along, length = (jnp.sum(x * v, axis=1, keepdims=True) for x in (u, v))
   across = v - along * u
   area, floor = jnp.sum(across * across, axis=1, keepdims=True), (plan.eps * inverse_length) ** 2
@@ -431,16 +400,15 @@ def _forward_kernel(
 
   steps = SQUARE // STEP
   total = jnp.zeros((rows, plan.columns), jnp.float32)
-  if plan.apart:
-    total = jax.lax.fori_loop(0, plan.apart * steps, functools.partial(step, False), total)
-  total = jax.lax.fori_loop(
-    plan.apart * steps, len(plan.squares) * steps, functools.partial(step, True), total
-  )
+  for within, squares in ((False, (0, plan.apart)), (True, (plan.apart, len(plan.squares)))):
+    start, stop = (steps * square for square in squares)
+    if start < stop:
+      total = jax.lax.fori_loop(start, stop, functools.partial(step, within), total)
   token, column = tile * rows + jnp.arange(rows), block * plan.columns + jnp.arange(plan.columns)
   exists, inside = token < plan.batch * plan.length, column < plan.channels
-  reach = _load_entries(reach_ref, token, exists)
+  live = _load_entries(reach_ref, token, exists) >= min(plan.offsets)
   total += _load_entries(bias_ref, column, inside).astype(jnp.float32)[None, :]
-  y = jnp.where((reach >= min(plan.offsets))[:, None], total, 0)
+  y = jnp.where(live[:, None], total, 0)
   _store_tile(y_ref, token, column, y, exists, inside)
 
 
@@ -461,20 +429,17 @@ def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
       jax.ShapeDtypeStruct((2, slots, plan.tokens, GROUP), jnp.float32),
     ],
     name="backward_planes",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, _in_squares(plan, weight), dy)
+  )(np.array(plan.squares, np.int32), u, q, _in_squares(plan, weight), dy)
   of_rows, of_columns = [of_rows], list(of_columns)
   sums = [[0.0] * plan.heads * plan.groups for _ in range(2)]
   for square, (left, right) in enumerate(plan.squares):
     slot = _slot(plan, square)
     found = [(left, slot, of_rows), (right, slot, of_columns)]
     if square >= plan.apart:
-      found = [(left, slot, of_rows + of_columns)]
-      if left != right:
-        found.append((right, slot + 2, of_rows + of_columns))
+      both = of_rows + of_columns
+      found = [(left, slot, both), (right, slot + 2, both)][: 1 + (left != right)]
     for group, slot, arrays in found:
       for which, of_groups in enumerate(sums):
         of_groups[group] += sum(array[slot + which] for array in arrays)
@@ -483,8 +448,7 @@ def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
 
 
 def _slot(plan: Plan, square):
-  """Where what becomes of a square stands, of u and then q; of the second of two groups within
-  which its pairs are, behind that of the first."""
+  """Where the cotangents of u by a square stand; those of q, and of a second group, follow."""
   return 2 * square + 2 * max(square - plan.apart, 0)
 
 
@@ -538,35 +502,23 @@ def _weight_gradients(plan: Plan, u, q, reach, dy, interpret):
   programs = plan.coordinates // height * plan.blocks
   parts = max(1, min(PARTS // programs, plan.tokens // 128))
   sums = plan.call(
-    functools.partial(_weight_kernel, height=height, rows=rows, parts=parts),
+    functools.partial(_weight_kernel, height=height, rows=rows),
     (programs * parts,),
     jax.ShapeDtypeStruct((parts, plan.coordinates, plan.blocks * plan.columns), jnp.float32),
     name="backward_weight",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, reach.reshape(-1), dy)
+  )(np.array(plan.squares, np.int32), u, q, reach.reshape(-1), dy)
   sums = sums.sum(0)[:, : plan.channels]
   pair, sign = plan.order()
-  place = np.zeros(plan.heads * plan.pairs + 1, np.int32)
+  place = np.zeros(pair.max() + 1, np.int32)
   place[pair] = np.arange(plan.coordinates)
-  place = place[:-1]
+  place = place[:-1]  # of what is no pair
   return sums[place] * sign[place, None], sums[plan.apart * SQUARE]
 
 
 def _weight_kernel(
-  squares_ref,
-  u_ref,
-  q_ref,
-  reach_ref,
-  dy_ref,
-  sums_ref,
-  *,
-  plan: Plan,
-  height: int,
-  rows: int,
-  parts: int,
+  squares_ref, u_ref, q_ref, reach_ref, dy_ref, sums_ref, *, plan: Plan, height: int, rows: int
 ):
   """On the diagonals of the squares, where no pair is, stands the gradient of the bias."""
   number, block = _divide(pl.program_id(0), plan.blocks)
@@ -576,7 +528,7 @@ def _weight_kernel(
   columns = pl.ds(jnp.int32(block * plan.columns), plan.columns)
   column = block * plan.columns + jnp.arange(plan.columns)
   inside = column < plan.channels if plan.channels % plan.columns else None
-  steps = pl.cdiv(plan.tokens // rows, parts)
+  steps = pl.cdiv(plan.tokens // rows, sums_ref.shape[0])
 
   def step(within, number, total):
     start = (part * steps + number) * rows
@@ -599,15 +551,8 @@ def _weight_kernel(
   def sum_tokens(within, total):
     return jax.lax.fori_loop(0, steps_here, functools.partial(step, within), total)
 
-  if plan.apart:
-    total = jax.lax.cond(
-      square < plan.apart,
-      functools.partial(sum_tokens, False),
-      functools.partial(sum_tokens, True),
-      total,
-    )
-  else:
-    total = sum_tokens(True, total)
+  kinds = [functools.partial(sum_tokens, within) for within in (False, True)]
+  total = jax.lax.cond(square < plan.apart, *kinds, total) if plan.apart else kinds[1](total)
   sums_ref[part, pl.ds(tile * height, height), columns] = total
 
 
