@@ -19,9 +19,9 @@ above its diagonal and one below. For R = 32 these are 512 coordinates for 496 p
 8192 for 8128; below R = 16 more are idle than not.
 
 No coordinates and no cotangents of them are in HBM. Bytes, a token at b bytes a number of y:
-forward b D + 20 R; backward 2 b D + 52 R + 1.5 R (R + 16), and for the parts at most 64 MiB or twice
-dweight. (At R = 32 XLA's kernels have 6 times as many bytes of operands forward, 4 times for both
-directions.) Flops: R^2 D, backward 2 R^2 D; the coordinates 2.5 R^2 for each block of D.
+forward b D + 20 R; backward 2 b D + 52 R + 1.5 R (R + 16), and for the parts at most 64 MiB or
+twice dweight. (At R = 32 XLA's kernels have 6 times as many bytes of operands forward, 4 times for
+both directions.) Flops: R^2 D, backward 2 R^2 D; the coordinates 2.5 R^2 for each block of D.
 """
 
 from __future__ import annotations
