@@ -1,24 +1,27 @@
 """Grassmann mixing on GPU.
 
-The coordinates of a token with all of its partners collapse to those of one plane: with u the unit
-vector of the token and q_d what its partner has across u, normalised, their mean is that of u and
-q = mean of q_d. Three kernels share this:
-  directions  one program for a few tokens: u and q, float32, 8 R bytes a token.
-  forward     grid (D / columns x tokens / rows): y = coordinates of (u, q) @ weight. The coordinates
-              are made in registers, STEP at a time, and go to the tensor cores as operand.
-Backward, from dy:
-  planes      grid (squares x tokens / rows): the cotangents of a square of coordinates, dy @ weight^T,
-              are at once contracted with u and q, so that 4 GROUP floats of GROUP^2 are written.
-  weight      grid (D / columns x coordinates / rows x parts): sums over a part of the tokens of
-              coordinates^T @ dy, the coordinates made again. XLA adds the parts.
-  tokens      one program for a few tokens: dz, as tokens and as partners of later ones.
+The coordinates of a token with all of its partners collapse to those of one plane: of the unit
+vector u of the token, and the mean q of what its partners have across u, normalised.
 
-Pairs i < j stand in squares of GROUP x GROUP, channels of one group beside those of another, so that
-coordinates are products of a column and a row, and their gradients sums over rows and columns. The
-pairs within groups lie two groups to a square, one above and one below its diagonal: for R = 32
-that is 512 coordinates for 496 pairs.
+  directions  u and q of a few tokens a program.
+  forward     grid D / columns x tokens / rows. A program makes the coordinates of (u, q) in its
+              registers, a few at a time, and multiplies them by the weight.
+  backward    weight: grid D / columns x coordinates / height x parts. A program sums, over a part
+              of the tokens, their coordinates, made again, times dy; XLA adds the parts.
+              planes: grid halves of squares x tokens / rows. A program sums dy times the weight
+              over D, and contracts the cotangents of its coordinates with u and q at once.
+              tokens: dz of a few tokens a program, as tokens and as partners of later ones.
 
-Bytes, a token, at b bytes a number of y: forward b D + 24 R; backward 2 b D + 8 R squares...
+Pairs of channels stand in squares, GROUP channels along each side: coordinates are then products of
+a column and a row, and what becomes of their cotangents are sums of rows and of columns; nothing is
+gathered or shifted. A square holds the pairs between two groups, or those within two groups, one
+above its diagonal and one below. For R = 32 these are 512 coordinates for 496 pairs, for R = 128
+8192 for 8128; below R = 16 more are idle than not.
+
+No coordinates and no cotangents of them are in HBM. Bytes, a token at b bytes a number of y:
+forward b D + 20 R; backward 2 b D + 52 R + 1.5 R (R + 16), and for the parts at most 64 MiB or
+twice dweight. (At R = 32 XLA's kernels have 6 times as many bytes of operands forward, 4 times for
+both directions.) Flops: R^2 D, backward 2 R^2 D; the coordinates 2.5 R^2 for each block of D.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ PARTS = 256  # programs that sum the gradient of the weight; more would only add
 
 
 def refusal(z, weight, offsets) -> str | None:
-  """Why the kernels cannot run on z [B, T, R] and weight [R (R - 1) / 2, D], or None."""
+  """Why the kernels cannot run on z [B, T, H, R] and weight [H R (R - 1) / 2, D], or None."""
   if z.dtype != jnp.float32:
     return f"z is {z.dtype}, expected float32"
   if str(weight.dtype) not in DTYPES:
@@ -104,11 +107,6 @@ class Plan:
     return TILE // self.lanes
 
   @property
-  def pairs(self) -> int:
-    """Pairs of channels of a head."""
-    return self.rank * (self.rank - 1) // 2
-
-  @property
   def apart(self) -> int:
     """Squares of two groups; the squares of pairs within groups stand behind them."""
     return self.heads * self.groups * (self.groups - 1) // 2
@@ -134,7 +132,7 @@ class Plan:
 
   @property
   def blocks(self) -> int:
-    """Blocks of channels of y."""
+    """Of so many channels."""
     return pl.cdiv(self.channels, self.columns)
 
   def order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -149,11 +147,15 @@ class Plan:
     there = (np.maximum(first, second) < self.rank) & (first != second) & ~(lower & (left == right))
     low, high = np.minimum(first, second), np.maximum(first, second)
     pair = low * self.rank - low * (low + 1) // 2 + high - low - 1
-    pair = np.where(there, pair + of_row // self.groups * self.pairs, self.heads * self.pairs)
+    pairs = math.comb(self.rank, 2)
+    pair = np.where(there, pair + of_row // self.groups * pairs, self.heads * pairs)
     return pair.reshape(-1), np.where(first < second, 1, -1).reshape(-1)
 
-  def call(self, kernel, grid, out_shape, *, name, warps, stages=2, flops=0, interpret=False):
-    """A `pallas_call` of `kernel(*refs, plan=plan)`."""
+  def call(self, kernel, grid, out_shape, *, name: str, interpret, multiplies: bool = False):
+    """A `pallas_call` of `kernel(*refs, plan=plan)`, which multiplies all coordinates by all
+    channels, or knows no coordinates."""
+    flops = 2 * self.tokens * self.coordinates * self.channels if multiplies else 0
+    warps, stages = 8 if multiplies and not self.exact else 4, 3 if multiplies else 2
 
     def run(*arrays):
       moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, out_shape)))
@@ -171,16 +173,7 @@ class Plan:
 
 
 def forward(
-  z,
-  before,
-  weight,
-  bias,
-  reach,
-  *,
-  offsets,
-  eps: float,
-  normalization: str,
-  interpret: bool = False,
+  z, before, weight, bias, reach, *, offsets, eps: float, normalization: str, interpret=False
 ):
   """Means of normalised Plücker coordinates, projected.
 
@@ -189,9 +182,9 @@ def forward(
   over the n_t offsets d <= reach_t.
 
   Args:
-    z: [B, T, R] float32.   before: [B, M, R] float32, the tokens before the first one, oldest
-      first, at least as many as the largest offset.
-    weight: [R (R - 1) / 2, D], float32 or bfloat16.   bias: [D].
+    z: [B, T, R] or [B, T, H, R] float32.   before: [B, M, R] or [B, M, H, R] float32, the tokens
+      before the first one, oldest first, at least as many as the largest offset.
+    weight: [H R (R - 1) / 2, D], float32 or bfloat16.   bias: [D].
     reach: [B, T] int32, how many tokens back partners may stand; what is further is not looked at,
       nor is a token without partners.
     offsets: whole numbers from 1 on.   eps, normalization: see `reference.plucker`.
@@ -207,25 +200,14 @@ def forward(
     (plan.tokens // rows * plan.blocks,),
     jax.ShapeDtypeStruct((z.shape[0] * z.shape[1], plan.channels), weight.dtype),
     name="forward",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, _in_squares(plan, weight), bias, reach.reshape(-1))
+  )(np.array(plan.squares, np.int32), u, q, _in_squares(plan, weight), bias, reach.reshape(-1))
   return y.reshape(*z.shape[:2], -1)
 
 
 def backward(
-  z,
-  before,
-  weight,
-  reach,
-  dy,
-  *,
-  offsets,
-  eps: float,
-  normalization: str,
-  interpret: bool = False,
+  z, before, weight, reach, dy, *, offsets, eps: float, normalization: str, interpret=False
 ):
   """Gradients of `forward`.
 
@@ -233,7 +215,7 @@ def backward(
     z, before, weight, reach, offsets, eps, normalization, interpret: as given to `forward`.
     dy: [B, T, D], the cotangent of y.
   Returns:
-    dz: [B, T, R];   dbefore: [B, M, R];   dweight: [R (R - 1) / 2, D];   dbias: [D]; all float32.
+    dz, dbefore, dweight, dbias: in the shapes of z, before, weight and bias, float32.
   """
   plan = _plan(z, before, weight, offsets, eps, normalization)
   u, q = _directions(plan, z, before, reach, interpret)
@@ -246,7 +228,6 @@ def backward(
     (pl.cdiv(rows, plan.rows),),
     jax.ShapeDtypeStruct((rows, plan.rank), jnp.float32),
     name="backward_tokens",
-    warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), *dplanes, reach.reshape(-1))
   dtokens = dtokens.reshape(plan.batch, -1, *z.shape[2:])
@@ -265,10 +246,6 @@ def _in_line(plan: Plan, z, before):
   return jnp.concatenate([before, z], axis=1).reshape(-1, plan.rank)
 
 
-def _squares(plan: Plan):
-  return jnp.array(plan.squares, jnp.int32)
-
-
 def _in_squares(plan: Plan, weight):
   """The weights of the coordinates in squares, zeros where there is no pair or channel."""
   pair, sign = plan.order()
@@ -277,15 +254,14 @@ def _in_squares(plan: Plan, weight):
 
 
 def _directions(plan: Plan, z, before, reach, interpret):
-  """u and q, [tokens, H * GROUP * groups] float32: zeros where there is no token or it has no
-  partner."""
+  """u and q, [tokens, H * GROUP * groups] float32; zeros where a token has no partner, and behind
+  the tokens."""
   shape = jax.ShapeDtypeStruct((plan.tokens * plan.heads, GROUP * plan.groups), jnp.float32)
   u, q = plan.call(
     _directions_kernel,
     (plan.tokens * plan.heads // plan.rows,),
     [shape, shape],
     name="directions",
-    warps=4,
     interpret=interpret,
   )(_in_line(plan, z, before), reach.reshape(-1))
   return u.reshape(plan.tokens, -1), q.reshape(plan.tokens, -1)
@@ -296,9 +272,8 @@ def _directions_kernel(tokens_ref, reach_ref, u_ref, q_ref, *, plan: Plan):
   head = start + jnp.arange(plan.rows)
   token, _ = _divide(head, plan.heads)
   row, _ = _divide(token, plan.length)
-  exists = token < plan.batch * plan.length
   place = head + (row + 1) * plan.earlier * plan.heads
-  reach = _load_entries(reach_ref, token, exists)
+  reach = _load_entries(reach_ref, token, token < plan.batch * plan.length)
   found = _found(plan, reach)
   u, inverse = _unit(_load_tokens(plan, tokens_ref, place, found > 0))
   q = jnp.zeros_like(u)
@@ -349,13 +324,13 @@ def _inverse_root(x, above):
 
 @dataclasses.dataclass(frozen=True)
 class _Across:
-  """What a partner has across a token, normalised: q = v_across / N, its length taken as in the
-  reference, divided by |u|.
+  """What a partner v has across a token, normalised: q = across / N, with the N of the reference
+  over the length of the token. It is 0 where v is.
 
   Attributes:
-    q: [tokens, R].   along: [tokens, 1], what it has along the token.   inverse: [tokens, 1], 1 / N.
-    of_area, of_floor: [tokens, 1], the derivatives of N^2 by |v_across|^2, and by (eps / |u|)^2
-      times what that is of N^2.
+    q: [tokens, R].   along: [tokens, 1], what v has along the token.   inverse: [tokens, 1], 1 / N.
+    of_area: [tokens, 1], the derivative of N^2 by |across|^2.
+    of_floor: [tokens, 1], which part of N^2 the term (eps / length)^2 is.
   """
 
   q: jax.Array
@@ -366,7 +341,8 @@ class _Across:
 
 
 def _across(plan: Plan, u, inverse_length, v) -> _Across:
-  """u: [tokens, R], unit vectors.   inverse_length: [tokens, 1], of the tokens.   v: partners."""
+  """u: [tokens, R], unit vectors, with the inverse of their lengths before.   v: [tokens, R]. By
+  Gram-Schmidt: where u and v are nearly parallel, Lagrange's identity would cancel."""
   along, length = (jnp.sum(x * v, axis=1, keepdims=True) for x in (u, v))
   across = v - along * u
   area, floor = jnp.sum(across * across, axis=1, keepdims=True), (plan.eps * inverse_length) ** 2
@@ -406,14 +382,13 @@ def _lines(few: int, first):
 def _forward_kernel(
   squares_ref, u_ref, q_ref, weight_ref, bias_ref, reach_ref, y_ref, *, plan: Plan, rows: int
 ):
-  number = pl.program_id(0)
-  tile, block = _divide(number, plan.blocks)
+  tile, block = _divide(pl.program_id(0), plan.blocks)
   tokens = pl.ds(tile * rows, rows)
   columns = pl.ds(block * plan.columns, plan.columns)
 
   def step(within, number, total):
-    square, quarter = _divide(number, GROUP // AT_ONCE)
-    first = quarter * AT_ONCE
+    square, part = _divide(number, GROUP // AT_ONCE)
+    first = part * AT_ONCE
     left, right = squares_ref[square, 0], squares_ref[square, 1]
     wedge = functools.partial(_wedge, u_ref, q_ref, tokens, AT_ONCE, first)
     p = wedge(left, left if within else right)
@@ -425,16 +400,15 @@ def _forward_kernel(
 
   steps = SQUARE // STEP
   total = jnp.zeros((rows, plan.columns), jnp.float32)
-  if plan.apart:
-    total = jax.lax.fori_loop(0, plan.apart * steps, functools.partial(step, False), total)
-  total = jax.lax.fori_loop(
-    plan.apart * steps, len(plan.squares) * steps, functools.partial(step, True), total
-  )
+  for within, squares in ((False, (0, plan.apart)), (True, (plan.apart, len(plan.squares)))):
+    start, stop = (steps * square for square in squares)
+    if start < stop:
+      total = jax.lax.fori_loop(start, stop, functools.partial(step, within), total)
   token, column = tile * rows + jnp.arange(rows), block * plan.columns + jnp.arange(plan.columns)
   exists, inside = token < plan.batch * plan.length, column < plan.channels
-  reach = _load_entries(reach_ref, token, exists)
+  live = _load_entries(reach_ref, token, exists) >= min(plan.offsets)
   total += _load_entries(bias_ref, column, inside).astype(jnp.float32)[None, :]
-  y = jnp.where((reach >= min(plan.offsets))[:, None], total, 0)
+  y = jnp.where(live[:, None], total, 0)
   _store_tile(y_ref, token, column, y, exists, inside)
 
 
@@ -446,7 +420,7 @@ def _store_tile(ref, rows, columns, tile, exists, inside):
 def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
   """The cotangents of u and q, [tokens * H, GROUP * groups]."""
   rows = 32 if plan.exact else 128
-  slots = 2 * plan.apart + 4 * (len(plan.squares) - plan.apart)
+  slots = _slot(plan, len(plan.squares))
   of_rows, of_columns = plan.call(
     functools.partial(_planes_kernel, rows=rows),
     (plan.tokens // rows * 2 * len(plan.squares),),
@@ -455,31 +429,33 @@ def _plane_cotangents(plan: Plan, u, q, weight, dy, interpret):
       jax.ShapeDtypeStruct((2, slots, plan.tokens, GROUP), jnp.float32),
     ],
     name="backward_planes",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, _in_squares(plan, weight), dy)
-  sums = [[0.0] * plan.groups * plan.heads for _ in range(2)]
-  for which, of_groups in enumerate(sums):
-    for square, (left, right) in enumerate(plan.squares):
-      slot, within = 2 * square + which, square >= plan.apart
-      if within:
-        slot += 2 * (square - plan.apart)
-        of_groups[left] += of_columns[0, slot] + of_columns[1, slot]
-      if within and left != right:
-        of_groups[right] += of_rows[slot + 2]
-      if left != right:
-        of_groups[right] += of_columns[0, slot + 2 * within] + of_columns[1, slot + 2 * within]
-      of_groups[left] += of_rows[slot]
+  )(np.array(plan.squares, np.int32), u, q, _in_squares(plan, weight), dy)
+  of_rows, of_columns = [of_rows], list(of_columns)
+  sums = [[0.0] * plan.heads * plan.groups for _ in range(2)]
+  for square, (left, right) in enumerate(plan.squares):
+    slot = _slot(plan, square)
+    found = [(left, slot, of_rows), (right, slot, of_columns)]
+    if square >= plan.apart:
+      both = of_rows + of_columns
+      found = [(left, slot, both), (right, slot + 2, both)][: 1 + (left != right)]
+    for group, slot, arrays in found:
+      for which, of_groups in enumerate(sums):
+        of_groups[group] += sum(array[slot + which] for array in arrays)
   shape = plan.tokens * plan.heads, plan.groups * GROUP
   return [jnp.concatenate(of_groups, axis=1).reshape(shape) for of_groups in sums]
+
+
+def _slot(plan: Plan, square):
+  """Where the cotangents of u by a square stand; those of q, and of a second group, follow."""
+  return 2 * square + 2 * max(square - plan.apart, 0)
 
 
 def _planes_kernel(
   squares_ref, u_ref, q_ref, weight_ref, dy_ref, rows_ref, columns_ref, *, plan: Plan, rows: int
 ):
-  """For half of a square, which leaves registers for the products."""
+  """For half of a square: the products of a whole one would overfill the registers."""
   tile, number = _divide(pl.program_id(0), 2 * len(plan.squares))
   square, half = _divide(number, 2)
   left, right = squares_ref[square, 0], squares_ref[square, 1]
@@ -487,10 +463,10 @@ def _planes_kernel(
   tokens, token = pl.ds(tile * rows, rows), tile * rows + jnp.arange(rows)
   exists = (token < plan.batch * plan.length) if plan.batch * plan.length % rows else None
 
-  def step(step, total):
-    column = step * depth + jnp.arange(depth)
+  def step(block, total):
+    column = block * depth + jnp.arange(depth)
     inside = column < plan.channels if plan.channels % depth else None
-    columns = pl.ds(jnp.int32(step * depth), depth)
+    columns = pl.ds(jnp.int32(block * depth), depth)
     dy = load(dy_ref, (pl.ds(jnp.int32(tile * rows), rows), columns), exists, inside)
     weight = weight_ref[pl.ds(number * few * GROUP, few * GROUP), columns]
     return total + dot(dy, weight, (1, 1))
@@ -500,20 +476,21 @@ def _planes_kernel(
   dp = dp.reshape(rows, few, GROUP)
 
   def contract(dp, left, right, slot):
+    """The cotangents of u, dp q, and of q, -dp u; those of columns have the other sign."""
     for which, (ref, sign) in enumerate(((q_ref, 1), (u_ref, -1))):
-      few_rows = pl.ds(few * half, few)
       row = ref[tokens, pl.ds(GROUP * left + few * half, few)][:, :, None]
       column = ref[tokens, pl.ds(GROUP * right, GROUP)][:, None, :]
-      rows_ref[slot + which, tokens, few_rows] = sign * jnp.sum(dp * column, axis=2)
+      lines = pl.ds(few * half, few)
+      rows_ref[slot + which, tokens, lines] = sign * jnp.sum(dp * column, axis=2)
       columns_ref[half, slot + which, tokens, :] = -sign * jnp.sum(dp * row, axis=1)
 
   @pl.when(square < plan.apart)
   def _():
-    contract(dp, left, right, 2 * square)
+    contract(dp, left, right, 2 * square)  # its slot, see `_slot`
 
   @pl.when(square >= plan.apart)
   def _():
-    slot = 2 * plan.apart + 4 * (square - plan.apart)
+    slot = 4 * square - 2 * plan.apart
     row, column = _lines(few, few * half)
     contract(jnp.where(row < column, dp, 0), left, left, slot)
     contract(jnp.where(row > column, dp, 0), right, right, slot + 2)
@@ -521,50 +498,37 @@ def _planes_kernel(
 
 def _weight_gradients(plan: Plan, u, q, reach, dy, interpret):
   """dweight and dbias."""
-  height, rows = (64, 32) if plan.exact else (128, 32)
+  height, rows = 64 if plan.exact else 128, 32
   programs = plan.coordinates // height * plan.blocks
   parts = max(1, min(PARTS // programs, plan.tokens // 128))
   sums = plan.call(
-    functools.partial(_weight_kernel, height=height, rows=rows, parts=parts),
+    functools.partial(_weight_kernel, height=height, rows=rows),
     (programs * parts,),
     jax.ShapeDtypeStruct((parts, plan.coordinates, plan.blocks * plan.columns), jnp.float32),
     name="backward_weight",
-    warps=4 if plan.exact else 8,
-    stages=3,
-    flops=2 * plan.tokens * plan.coordinates * plan.channels,
+    multiplies=True,
     interpret=interpret,
-  )(_squares(plan), u, q, reach.reshape(-1), dy)
+  )(np.array(plan.squares, np.int32), u, q, reach.reshape(-1), dy)
   sums = sums.sum(0)[:, : plan.channels]
   pair, sign = plan.order()
-  place = np.zeros(plan.heads * plan.pairs + 1, np.int32)
+  place = np.zeros(pair.max() + 1, np.int32)
   place[pair] = np.arange(plan.coordinates)
-  place = place[:-1]
+  place = place[:-1]  # of what is no pair
   return sums[place] * sign[place, None], sums[plan.apart * SQUARE]
 
 
 def _weight_kernel(
-  squares_ref,
-  u_ref,
-  q_ref,
-  reach_ref,
-  dy_ref,
-  sums_ref,
-  *,
-  plan: Plan,
-  height: int,
-  rows: int,
-  parts: int,
+  squares_ref, u_ref, q_ref, reach_ref, dy_ref, sums_ref, *, plan: Plan, height: int, rows: int
 ):
   """On the diagonals of the squares, where no pair is, stands the gradient of the bias."""
-  number = pl.program_id(0)
-  number, block = _divide(number, plan.blocks)
+  number, block = _divide(pl.program_id(0), plan.blocks)
   part, tile = _divide(number, plan.coordinates // height)
   square, first = _divide(tile * (height // GROUP), GROUP)
   left, right = squares_ref[square, 0], squares_ref[square, 1]
   columns = pl.ds(jnp.int32(block * plan.columns), plan.columns)
   column = block * plan.columns + jnp.arange(plan.columns)
   inside = column < plan.channels if plan.channels % plan.columns else None
-  steps = pl.cdiv(plan.tokens // rows, parts)
+  steps = pl.cdiv(plan.tokens // rows, sums_ref.shape[0])
 
   def step(within, number, total):
     start = (part * steps + number) * rows
@@ -587,15 +551,8 @@ def _weight_kernel(
   def sum_tokens(within, total):
     return jax.lax.fori_loop(0, steps_here, functools.partial(step, within), total)
 
-  if plan.apart:
-    total = jax.lax.cond(
-      square < plan.apart,
-      functools.partial(sum_tokens, False),
-      functools.partial(sum_tokens, True),
-      total,
-    )
-  else:
-    total = sum_tokens(True, total)
+  kinds = [functools.partial(sum_tokens, within) for within in (False, True)]
+  total = jax.lax.cond(square < plan.apart, *kinds, total) if plan.apart else kinds[1](total)
   sums_ref[part, pl.ds(tile * height, height), columns] = total
 
 
@@ -620,8 +577,7 @@ def _tokens_kernel(tokens_ref, du_ref, dq_ref, reach_ref, dtokens_ref, *, plan: 
 
   token, reach = at(0)
   live = _found(plan, reach) > 0
-  own = _load_tokens(plan, tokens_ref, place, live)
-  u, inverse = _unit(own)
+  u, inverse = _unit(_load_tokens(plan, tokens_ref, place, live))
   du, dlength = _load_tokens(plan, du_ref, token, live), jnp.zeros_like(inverse)
   dq = cotangent(token, reach, live)
   for offset in plan.offsets:

@@ -15,7 +15,8 @@ from jaxmix.ops.segments import document_positions, over_padding
 from pallas_kernels.grassmann import gpu
 from pallas_kernels.grassmann.cases import BENCHMARKS, CASES, Case
 
-NAMED = {case.name: case for case in CASES}
+HEADS = Case("heads", 2, 40, 20, 24, offsets=(1, 3), heads=3)  # an odd number of groups
+NAMED = {case.name: case for case in (*CASES, HEADS)}
 EPS = 1e-8
 
 
@@ -47,7 +48,7 @@ def by_op(implementation, case, z, weight, bias, before, count, segment_ids, dy)
       z,
       weight,
       bias,
-      state={"memory": before[:, :, None], "length": count},
+      state={"memory": before, "length": count},
       segment_ids=segment_ids,
       eps=EPS,
       implementation=implementation,
@@ -64,9 +65,9 @@ def inputs_of(case, dtype):
   earlier, shape = max(case.offsets), (case.batch, case.length, case.channels)
   ids = case.segment_ids()
   ids = np.ones(shape[:2], np.int32) if ids is None else ids
-  z, dy = arrays["z"][:, :, 0].astype(np.float32), random.normal(size=shape).astype(dtype)
+  z, dy = arrays["z"].astype(np.float32), random.normal(size=shape).astype(dtype)
   z[ids == 0] = dy[ids == 0] = np.nan
-  before = random.normal(size=(case.batch, earlier, case.rank)).astype(np.float32)
+  before = random.normal(size=(case.batch, earlier, case.heads, case.rank)).astype(np.float32)
   count = np.array([earlier, 3][: case.batch], np.int32)  # the rest of `before` is no document's
   return z, arrays["weight"].astype(dtype), arrays["bias"].astype(dtype), before, count, ids, dy
 
@@ -80,6 +81,7 @@ def inputs_of(case, dtype):
     ("padded", np.float32),
     ("odd_rank", jnp.bfloat16),
     ("repeated_offsets", np.float32),
+    ("heads", np.float32),
   ],
 )
 def test_definition(name, dtype, no_worse):
@@ -100,7 +102,7 @@ def test_definition(name, dtype, no_worse):
 def test_vectors_without_a_plane():
   """Zero and parallel vectors give finite values and gradients, and zero vectors none."""
   case = Case("", 1, 24, 4, 8, offsets=(1, 2))
-  z, weight, bias, before, count, ids, dy = inputs_of(case, np.float32)
+  z, weight, bias, before, *_, dy = inputs_of(case, np.float32)
   z[0, 8:12], z[0, 16:] = 0, 1e-3 * z[0, 16]
   for normalization in ("safe", "clamp"):
     options = {"offsets": case.offsets, "eps": EPS, "normalization": normalization}
@@ -137,18 +139,20 @@ PRODUCTS = ("forward", "backward_planes", "backward_weight")
 VECTORS = ("directions", "backward_tokens")
 
 
+TENSOR_CORES = {
+  "a100": "mma.sync",
+  "a6000": "mma.sync",
+  "rtx4090": "mma.sync",
+  "h100": "wgmma",
+  "b200": "tcgen05",
+}
+
+
 @pytest.mark.parametrize(
-  ("chip", "tensor_core"),
-  [
-    ("a100", "mma.sync"),
-    ("a6000", "mma.sync"),
-    ("rtx4090", "mma.sync"),
-    ("h100", "wgmma"),
-    ("b200", "tcgen05"),
-  ],
+  ("chip", "name"),
+  [*((chip, "train") for chip in TENSOR_CORES), ("a6000", "train_r64"), ("h100", "train_r64")],
 )
-@pytest.mark.parametrize("name", ["train", "train_r64"])
-def test_gpu_kernels(chip, tensor_core, name):
+def test_gpu_kernels(chip, name):
   """At the sizes of training no kernel spills a register, those that multiply do it on tensor
   cores, and a multiprocessor has room for one block at least."""
   if (reason := compile_ahead.installed("cuda")) is not None:
@@ -175,4 +179,6 @@ def test_gpu_kernels(chip, tensor_core, name):
     assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
     assert kernel.blocks_per_core >= 1, kernel.name
     if kernel.name.removeprefix("grassmann_") in PRODUCTS:
-      assert kernel.tensor_core.get(tensor_core, 0) > 0, f"{kernel.name}: {kernel.tensor_core}"
+      assert kernel.tensor_core.get(TENSOR_CORES[chip], 0) > 0, (
+        f"{kernel.name}: {kernel.tensor_core}"
+      )
