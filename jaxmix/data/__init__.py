@@ -28,6 +28,7 @@ _HOMES = {
   "TokenStore": "token_store",
   "Tokenizer": "tokenizers",
   "WordPiece": "subword",
+  "Words": "words",
   "open_token_store": "token_store",
   "prepare_tfds": "tfds",
   "text_outline": "outline",
