@@ -20,6 +20,13 @@ PARAMETERS = {
   "corpus_gla_1b": 1_337_368_576,
   "corpus_kda_1b": 1_362_795_904,
   "corpus_mamba2_1b": 1_343_693_824,
+  # The Transformers and Grassmann models of arXiv 2512.19428, to the last parameter.
+  "wikitext2_attention_17m": 17_356_800,
+  "wikitext2_grassmann_13m": 13_001_920,
+  "wikitext2_grassmann_13m_near": 13_001_920,
+  "wikitext2_grassmann_18m": 18_189_696,
+  "wikitext2_grassmann_published_13m": 12_607_168,
+  "wikitext2_grassmann_published_17m": 17_400_192,
   "wikitext2_attention_small": 12_585_472,
   "wikitext2_deltanet_small": 12_604_288,
   "wikitext2_gated_deltanet_small": 12_604_336,
