@@ -17,6 +17,7 @@ RUN_FILE = """
 from jaxmix.data import ByteTokenizer
 from jaxmix.data import LocalFiles
 from jaxmix.data import TextDataset
+from jaxmix.mixers import Grassmann
 from jaxmix.mixers import LinearAttention
 from jaxmix.models import Decoder
 from jaxmix.training import adamw
@@ -24,10 +25,11 @@ from jaxmix.training import train
 
 train.model = @Decoder
 Decoder.dim = 16
-Decoder.depth = 1
-Decoder.pattern = ("linear_attention",)
-Decoder.mixers = {{"linear_attention": @LinearAttention}}
+Decoder.depth = 2
+Decoder.pattern = ("linear_attention", "grassmann")
+Decoder.mixers = {{"linear_attention": @LinearAttention, "grassmann": @Grassmann}}
 LinearAttention.heads = 2
+Grassmann.rank = 4
 train.data = @TextDataset()
 TextDataset.source = @LocalFiles()
 TextDataset.tokenizer = @ByteTokenizer()
@@ -72,7 +74,7 @@ def script(repository) -> Iterator[Callable[[str], ModuleType]]:
 
 @pytest.fixture(scope="session")
 def trained(script, tmp_path_factory) -> Trained:
-  """A byte model of one layer after eight steps on short sentences."""
+  """A byte model of two layers after eight steps on short sentences."""
   folder = tmp_path_factory.mktemp("trained")
   for split, count in (("train", 60), ("validation", 12)):
     sentences = (f"The {'very ' * (i % 4)}old cat sat on mat {i}.\n" for i in range(count))
