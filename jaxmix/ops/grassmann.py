@@ -103,7 +103,8 @@ def grassmann_mix(
 
 
 def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
-  """The offsets of each of H groups, whether one sequence is given for all or one for each.
+  """The offsets of each group of z [B, T, H, R], whether one sequence is given for all or one for
+  each.
 
   Raises:
     ValueError: they are not whole numbers other than 0, or not one sequence a group.
