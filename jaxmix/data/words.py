@@ -30,8 +30,6 @@ class Words:
   Source: as WikiText has been read since Merity et al. 2016 (arXiv 1609.07843).
   """
 
-  end_id = None  # lines end with <eos>; documents with nothing more
-
   def __init__(self, files: PathOrPaths):
     self._paths = as_list("files", files)
 
@@ -51,6 +49,11 @@ class Words:
   def vocab_size(self) -> int:
     """The number of different words, `<eos>` among them."""
     return len(self._words)
+
+  @property
+  def end_id(self) -> None:
+    """None: lines end with `<eos>`, documents with nothing more."""
+    return None
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of the words and line ends of `text`: int32 [tokens]."""
