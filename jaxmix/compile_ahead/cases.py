@@ -24,6 +24,7 @@ from jaxmix.compile_ahead.targets import Target
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
 IMPLEMENTATIONS = ("tpu", "gpu", "xla", BASELINE)
+FUNCTIONS = {"grassmann": "grassmann_mix"}  # of ops, where they are not named like the op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ class CaseProgram:
 
     Bytes: the arrays that the op takes and returns, each once, at the bandwidth of HBM. Flops:
     those of its definition, at the peak of the matrix units: a memory written, read and, by the
-    delta rule, read at the key, token by token; of attention the causal pairs. Backward is another
+    delta rule, read at the key, token by token; of attention the causal pairs; of Grassmann mixing
+    the projection of one vector a token. Backward is another
     pass: it takes the arrays and the cotangent, returns the gradients, and has twice the flops.
     Saved states, what a kernel reads again, and the products of chunks are no part of it.
     """
@@ -84,6 +86,8 @@ class CaseProgram:
     if self.op == "attention" or self.implementation == BASELINE:
       batch, length, heads, key_dim = shapes["q"]
       return 2 * batch * heads * length * (length + 1) // 2 * (key_dim + shapes["v"][-1])
+    if self.op == "grassmann":
+      return 2 * math.prod(shapes["z"][:2]) * math.prod(shapes["weight"])
     if self.op not in ("linear_attention", "delta_rule"):
       return 0
     batch, length, states, value_dim = shapes["v"]
@@ -100,7 +104,9 @@ class CaseProgram:
     if (ids := case.segment_ids()) is not None:
       arrays["segment_ids"] = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
     call = functools.partial(
-      getattr(ops, self.op), **case.options(), implementation=self.implementation
+      getattr(ops, FUNCTIONS.get(self.op, self.op)),
+      **case.options(),
+      implementation=self.implementation,
     )
     return functools.partial(_forward, call), arrays
 
