@@ -24,7 +24,7 @@ from jaxmix.compile_ahead.targets import Target
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
 IMPLEMENTATIONS = ("tpu", "gpu", "xla", BASELINE)
-FUNCTIONS = {"grassmann": "grassmann_mix"}  # of ops, where they are not named like the op
+FUNCTIONS = {"grassmann": "grassmann_mix"}  # of ops whose kernels are filed under another name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class CaseProgram:
     Bytes: the arrays that the op takes and returns, each once, at the bandwidth of HBM. Flops:
     those of its definition, at the peak of the matrix units: a memory written, read and, by the
     delta rule, read at the key, token by token; of attention the causal pairs; of Grassmann mixing
-    the projection of one vector a token. Backward is another
+    the projection. Backward is another
     pass: it takes the arrays and the cotangent, returns the gradients, and has twice the flops.
     Saved states, what a kernel reads again, and the products of chunks are no part of it.
     """

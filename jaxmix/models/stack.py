@@ -147,7 +147,7 @@ class Stack(nnx.Module):
 
     def apply_period(x, blocks, states, key):
       after = {}
-      for index, name in enumerate(self._block_names):
+      for index, name in enumerate(self.block_names):
         x, after[name] = blocks[name](
           x,
           state=None if states is None else states[name],
@@ -183,7 +183,8 @@ class Stack(nnx.Module):
     return self.depth // len(self.pattern)
 
   @property
-  def _block_names(self) -> list[str]:
+  def block_names(self) -> list[str]:
+    """The keys of `layers`, in the order in which they are applied."""
     return [f"{index}_{name}" for index, name in enumerate(self.pattern)]
 
   def _scan_periods(self, apply_period, x, states, keys):

@@ -23,7 +23,7 @@ WINDOWS = ("triangle", "gauss")
 def offset_taps(
   centers: jax.Array, reach: int, *, window: str = "triangle", width: float | jax.Array = 1.0
 ) -> jax.Array:
-  """How much of each of the last `reach` tokens is in a partner.
+  """How much of each of the last `reach` tokens is in a partner of z [B, T, R].
 
       w_mk = window(k - centers_m) / (sum_k window + 1e-7),        k = 1, ..., reach
       "triangle":  max(0, width - |x|)        "gauss":  exp(-(x / width)^2 / 2)

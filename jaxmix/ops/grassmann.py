@@ -15,18 +15,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops import plucker
 from jaxmix.ops.segments import (
   check_segment_ids,
   document_positions,
+  in_order,
   last_token,
   newest_rows,
   over_padding,
 )
-from pallas_kernels.grassmann import reference
+from pallas_kernels.grassmann import gpu, reference, tpu
 from pallas_kernels.grassmann.reference import NORMALIZATIONS
 
+# Logical axes: rows [B, T, D], and of what the forms take and return.
+ROWS = ("batch", None, None)
+STATES = ("batch", None, None, None)
+ARRAYS = (STATES, STATES, (None, None), (None,), ("batch",), ("batch", None))
+GRADIENTS = (STATES, STATES, ("batch", None, None), ("batch", None))
 SHORTEST = 64  # tokens from which a kernel is chosen; fewer are not worth its start
 
 
@@ -96,7 +103,7 @@ def grassmann_mix(
 
 
 def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
-  """Those of each group, whether one sequence is given for all or one for each.
+  """The offsets of each of H groups, whether one sequence is given for all or one for each.
 
   Raises:
     ValueError: they are not whole numbers other than 0, or not one sequence a group.
@@ -108,8 +115,8 @@ def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
   if not valid or not each[0] or not all(isinstance(d, int) and d for g in each for d in g):
     raise ValueError(
       f"grassmann_mix: offsets={tuple(offsets)}, expected whole numbers other than 0, since a "
-      f"token spans no plane with itself; or such a sequence for each of {groups} groups, all of one "
-      "length; give at least one, such as (1,)"
+      f"token spans no plane with itself, or such a sequence for each of {groups} groups, all of "
+      "one length; give at least one, such as (1,)"
     )
   return tuple(map(tuple, each))
 
@@ -117,7 +124,7 @@ def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
 def grassmann_state(
   batch: int, offsets: Sequence[int], shape: Sequence[int], dtype=jnp.float32
 ) -> dict[str, jax.Array]:
-  """The state before the first token.
+  """The state before the first token: memory [B, max(offsets), H, R] and length [B] int32.
 
   Args:
     offsets: as given to `grassmann_mix`.   shape: (H, R), or (R,) for one group.
@@ -188,18 +195,46 @@ class _Call(NamedTuple):
     """What every form is told."""
     return {"offsets": self.offsets, "eps": self.eps, "normalization": self.normalization}
 
+  def kernel(self, function):
+    """A kernel's function on the rows of a call."""
+    return functools.partial(function, **{**self.options, "offsets": self.offsets[0]})
+
   def run(self, functions, arrays):
     """The one of `functions` that the call names or its platform gets."""
     return implementations.run(
-      "grassmann_mix", self.implementation, arrays, functions=functions, refusals={}
+      "grassmann_mix",
+      self.implementation,
+      arrays,
+      functions=functions,
+      refusals=self._refusals(*arrays[:3]),
     )
+
+  def _refusals(self, z, before, weight) -> dict[str, str]:
+    """Kernel -> why it cannot run, or is not chosen unless it is named."""
+    refusals = {}
+    for name, kernels in (("tpu", tpu), ("gpu", gpu)):
+      if len(set(self.offsets)) > 1:
+        refusals[name] = "groups have offsets of their own"
+      elif (refusal := kernels.refusal(z, weight, self.offsets[0])) is not None:
+        refusals[name] = refusal
+    if self.implementation is None:
+      if z.shape[1] < SHORTEST:
+        refusals.setdefault("tpu", f"length {z.shape[1]} is below {SHORTEST}")
+      refusals.setdefault("gpu", "not yet timed against XLA on a GPU; it runs when named")
+    return refusals
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _mix(z, before, weight, bias, length, segment_ids, call: _Call):
+  by_xla = functools.partial(plucker.forward, **call.options)
+  by_tpu, by_gpu = (
+    functools.partial(_kernel_forward, call.kernel(kernels.forward)) for kernels in (tpu, gpu)
+  )
   functions = {
     "reference": functools.partial(_by_definition, call),
-    "xla": functools.partial(_on_rows, functools.partial(plucker.forward, **call.options)),
+    "xla": functools.partial(_on_rows, over_padding, by_xla),
+    "tpu": sharding.shard_kernel(functools.partial(_on_rows, over_padding, by_tpu), ARRAYS, ROWS),
+    "gpu": sharding.shard_kernel(functools.partial(_on_rows, in_order, by_gpu), ARRAYS, ROWS),
   }
   return call.run(functions, (z, before, weight, bias, length, segment_ids))
 
@@ -211,14 +246,46 @@ def _mix_forward(z, before, weight, bias, length, segment_ids, call: _Call):
 
 
 def _mix_backward(call: _Call, arrays, dy):
+  by_xla = functools.partial(plucker.backward, **call.options)
+  by_tpu, by_gpu = (
+    functools.partial(_kernel_backward, call.kernel(kernels.backward)) for kernels in (tpu, gpu)
+  )
+  axes = (*ARRAYS, ROWS), GRADIENTS
   functions = {
     "reference": functools.partial(_gradient_of_definition, call),
-    "xla": functools.partial(_on_rows, functools.partial(plucker.backward, **call.options)),
+    "xla": functools.partial(_on_rows, over_padding, by_xla),
+    "tpu": _summed(sharding.shard_kernel(functools.partial(_on_rows, over_padding, by_tpu), *axes)),
+    "gpu": _summed(sharding.shard_kernel(functools.partial(_on_rows, in_order, by_gpu), *axes)),
   }
   return *call.run(functions, (*arrays, dy)), None, None
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _kernel_forward(kernel, z, before, weight, bias, reach):
+  return kernel(*map(_one_group, (z, before)), weight, bias, reach.back)
+
+
+def _kernel_backward(kernel, z, before, weight, bias, reach, dy):
+  """Gradients, those of the parameters behind an axis of one, for each device's part of a batch."""
+  dz, dbefore, dweight, dbias = kernel(*map(_one_group, (z, before)), weight, reach.back, dy)
+  dweight, dbias = dweight.astype(weight.dtype), dbias.astype(bias.dtype)
+  return dz.reshape(z.shape), dbefore.reshape(before.shape), dweight[None], dbias[None]
+
+
+def _one_group(x):
+  return x[:, :, 0] if x.shape[2] == 1 else x
+
+
+def _summed(function):
+  """The function with the gradients of the parameters summed over the devices."""
+
+  def run(*arrays):
+    dz, dbefore, dweight, dbias = function(*arrays)
+    return dz, dbefore, dweight.sum(0), dbias.sum(0)
+
+  return run
 
 
 def _by_definition(call, z, before, weight, bias, length, segment_ids):
@@ -235,13 +302,13 @@ def _gradient_of_definition(call, z, before, weight, bias, length, segment_ids, 
   return jax.vjp(run, z, before, weight, bias)[1](dy)
 
 
-def _on_rows(form, z, before, weight, bias, length, segment_ids, *dy):
-  """A form on rows whose tokens are neighbours, which is told how far back and ahead their document
-  goes; what stands at padding is set to 0."""
+def _on_rows(arrange, form, z, before, weight, bias, length, segment_ids, *dy):
+  """A form on rows that `arrange`, one of jaxmix.ops.segments, has put in order. It is told how far
+  back and ahead the document of a token goes; what stands at padding is set to 0."""
 
   def run(segment_ids, z, *dy):
     if segment_ids is not None:
       z = jnp.where((segment_ids != 0)[..., None, None], z, 0)
     return form(z, before, weight, bias, plucker.reach_of(segment_ids, length, z.shape[1]), *dy)
 
-  return over_padding(run, segment_ids, z, *dy)
+  return arrange(run, segment_ids, z, *dy)
