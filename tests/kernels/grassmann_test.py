@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxmix import compile_ahead, ops
+from jaxmix import compile_ahead, ops, sharding
 from jaxmix.ops.segments import document_positions, over_padding
 from pallas_kernels.grassmann import tpu
 from pallas_kernels.grassmann.cases import BENCHMARKS, CASES, Case
@@ -138,6 +138,39 @@ def test_only_what_is_there_is_read(close, rounding):
   found, expected = (run(z, weight, bias, before, reach, dy, how) for how in (strict, True))
   # The two interpreters differ in where they round.
   close(found, expected, tolerance=rounding(jnp.float32, 4))
+
+
+def test_op_on_a_mesh(monkeypatch, close, rounding):
+  """The op by its kernels, with the batch cut over 4 devices, is the XLA form on one."""
+  for name in ("forward", "backward"):
+    kernel = functools.partial(getattr(tpu, name), tokens=128, interpret=True)
+    monkeypatch.setattr(tpu, name, kernel)
+  case = NAMED["odd_rank"]
+  z, weight, bias, before, count, ids, dy = inputs_of(case, np.float32)
+  z, before, count, ids, dy = (np.concatenate([x, x[::-1]]) for x in (z, before, count, ids, dy))
+  arrays = z, weight, bias, before, count, ids, dy
+  expected = jax.jit(functools.partial(by_op, "xla", case))(*arrays)
+  with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
+    found = jax.jit(functools.partial(by_op, "tpu", case))(*arrays)
+  close(found, expected, tolerance=rounding(jnp.float32, 4 * case.length))
+  assert tuple(found["y"].sharding.spec)[:1] == ("data",)
+
+
+@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False)])
+def test_chosen_when_lowered(platform, holds):
+  """implementation=None gives the kernels to programs lowered for TPU, and none to those for a
+  CPU."""
+  shapes = ((1, 64, 8), (28, 16), (16,))
+
+  def loss(*arrays):
+    return ops.grassmann_mix(*arrays, offsets=(1, 2))[0].sum()
+
+  traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(
+    *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  )
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ("grassmann_forward" in text) == holds
+  assert ("grassmann_backward" in text) == holds
 
 
 def test_refusals():
