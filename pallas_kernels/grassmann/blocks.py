@@ -181,11 +181,16 @@ def _usable(vmem: int) -> int:
 
 
 def _shortage(sizes: Sizes, direction: str, vmem: int) -> str:
-  smallest = Blocks(LANES, LANES)
+  smallest, usable = Blocks(LANES, LANES), _usable(vmem)
+
+  def fits(rank):
+    return vmem_bytes(smallest, sizes._replace(rank=rank), direction) <= usable
+
+  rank = next((rank for rank in range(sizes.rank - 1, 1, -1) if fits(rank)), None)
   return (
     f"rank {sizes.rank} with offsets up to {sizes.most} and a weight in {sizes.dtype} needs "
-    f"{vmem_bytes(smallest, sizes, direction):,} bytes of VMEM {direction} and {_usable(vmem):,} "
-    "are available; let several heads share the channels"
+    f"{vmem_bytes(smallest, sizes, direction):,} bytes of VMEM and {usable:,} are available; "
+    + (f"rank {rank} fits" if rank else "smaller offsets fit")
   )
 
 

@@ -55,18 +55,18 @@ TINY = 1e-36  # a squared norm below it is that of a zero vector
 
 
 def refusal(z, weight, offsets: Sequence[int]) -> str | None:
-  """Why the kernels cannot run on z [B, T, H, R] and weight [P, D], or None."""
-  *_, heads, rank = z.shape
-  if str(weight.dtype) not in DTYPES:
-    return f"weight is {weight.dtype}, expected float32 or bfloat16"
+  """Why the kernels cannot run on z [B, T, R] or [B, T, H, R] and weight [P, D], or None."""
+  heads, rank = (1, *z.shape[2:])[-2:]
   if str(z.dtype) != "float32":
     return f"z is {z.dtype}, expected float32"
+  if str(weight.dtype) not in DTYPES:
+    return f"weight is {weight.dtype}, expected float32 or bfloat16"
   if heads != 1:
-    return f"{heads} heads are not one"
+    return f"z has {heads} heads, expected one"
   if rank > LARGEST_RANK:
     return f"rank {rank} is above {LARGEST_RANK}"
   if min(offsets) < 1:
-    return f"offset {min(offsets)} is below 1"
+    return f"offset {min(offsets)} points to a later token"
   return shortage(Sizes.of(z, weight, offsets))
 
 
