@@ -77,7 +77,7 @@ class PairHead(Stack):
       )
     windows = -(-length // window)
     if mixers is None:
-      offsets = tuple(sign * d for d in (1, 2, 4, windows) for sign in (1, -1))
+      offsets = tuple(sign * d for d in sorted({1, 2, 4, windows}) for sign in (1, -1))
       grassmann = functools.partial(Grassmann, rank=64, heads=4, offsets=offsets)
       mixers = {**WHOLE_ROW_MIXERS, "grassmann": grassmann}
     self.project = Linear({"embed": features}, {"mlp": dim}, bias=True, rngs=rngs)
