@@ -1,22 +1,31 @@
 """Models: stacks of mixers, named by their pattern."""
 
 from jaxmix.models.decoder import Decoder
+from jaxmix.models.encoder import Encoder
 from jaxmix.models.parameters import (
   Axes,
   abstract_parameters,
   cast_matrices,
+  freeze,
   init_parameters,
   parameter_shardings,
 )
+from jaxmix.models.sentence_pairs import PairHead, SentencePairClassifier
 from jaxmix.models.stack import REMAT_POLICIES, Stack
+from jaxmix.models.vision import ImageClassifier
 
 __all__ = [
   "REMAT_POLICIES",
   "Axes",
   "Decoder",
+  "Encoder",
+  "ImageClassifier",
+  "PairHead",
+  "SentencePairClassifier",
   "Stack",
   "abstract_parameters",
   "cast_matrices",
+  "freeze",
   "init_parameters",
   "parameter_shardings",
 ]

@@ -22,11 +22,13 @@ class Axes:
       where the parameter belongs to no linear map.
     manifold: where its values have to stay: "grassmann" for bases of subspaces, orthonormal rows in
       the last two axes; None where they are free.
+    frozen: it stays as it is: the trainer gives it to no optimizer.
   """
 
   names: tuple[str, ...]
   inputs: int | None
   manifold: str | None = None
+  frozen: bool = False
 
   @property
   def is_matrix(self) -> bool:
@@ -53,10 +55,19 @@ def abstract_parameters(model: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef,
 def _axes_of(state: nnx.State) -> dict:
   def declared(parameter: nnx.Variable) -> Axes:
     said = parameter.get_metadata()
-    return Axes(tuple(said["axes"]), said.get("inputs"), said.get("manifold"))
+    return Axes(
+      tuple(said["axes"]), said.get("inputs"), said.get("manifold"), said.get("frozen", False)
+    )
 
   axes = jax.tree.map(declared, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
   return nnx.to_pure_dict(axes)
+
+
+def freeze(module: nnx.Module) -> None:
+  """Declares all parameters of a module frozen, see `Axes`; called where the module is made, as
+  part of a model that lets no gradient through to it."""
+  for parameter in jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    parameter.set_metadata(frozen=True)
 
 
 def cast_matrices(graph: nnx.GraphDef, parameters: dict, dtype) -> dict:

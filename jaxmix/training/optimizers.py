@@ -125,6 +125,22 @@ def muon(
   )
 
 
+def without_frozen(
+  optimizer: Callable[[dict], optax.GradientTransformation], axes: dict
+) -> optax.GradientTransformation:
+  """The optimizer of the parameters that are trained; frozen ones neither step nor decay, and have
+  no moments.
+
+  Args:
+    optimizer: factory `(axes) -> optax.GradientTransformation`.
+    axes: from `jaxmix.models.abstract_parameters`; says which are frozen.
+  """
+  labels = jax.tree.map(lambda axis: "frozen" if axis.frozen else "trained", axes)
+  if "frozen" not in jax.tree.leaves(labels):
+    return optimizer(axes)
+  return optax.partition({"trained": optimizer(axes), "frozen": optax.set_to_zero()}, labels)
+
+
 def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
   """Which array axes of a parameter are the rows and the columns of its matrix; None where it is
   not a linear map."""

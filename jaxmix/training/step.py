@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmix.models import abstract_parameters, init_parameters, parameter_shardings
 from jaxmix.objectives import causal_loss
+from jaxmix.training.optimizers import without_frozen
 
 _paths = jax.tree_util.tree_leaves_with_path
 
@@ -54,7 +55,7 @@ class TrainStep:
       ema_decay,
     )
     self.graph, self.parameters, self.axes = abstract_parameters(model)
-    self.transformation = optimizer(self.axes)
+    self.transformation = without_frozen(optimizer, self.axes)
     self.mesh = mesh
     self.shardings = self._state_shardings()
     self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, None))
