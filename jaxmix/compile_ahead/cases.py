@@ -49,14 +49,23 @@ class CaseProgram:
 
   def program(self, chip: Target) -> tuple[Callable, tuple[Any, ...]]:
     """(function, abstract arguments), the cotangent of y last where it runs backward."""
-    if self.implementation == BASELINE:
-      function, arrays = _baseline(self.shapes["q"], self.dtype, chip)
-    else:
-      function, arrays = self._op()
+    function, arrays = self._parts(chip)
     if self.direction == "forward":
       return function, (arrays,)
-    y = jax.eval_shape(function, arrays)
-    return functools.partial(_both, function), (arrays, y)
+    return functools.partial(_both, function), (arrays, self._result(chip))
+
+  def _result(self, chip: Target) -> jax.ShapeDtypeStruct:
+    """y. By the XLA form, since kernels may not fit a chip that is not known yet."""
+    form = self
+    if self.implementation != BASELINE:
+      form = dataclasses.replace(self, implementation="xla")
+    return jax.eval_shape(*form._parts(chip))
+
+  def _parts(self, chip: Target) -> tuple[Callable, dict]:
+    """The op forward, and its abstract arrays."""
+    if self.implementation == BASELINE:
+      return _baseline(self.shapes["q"], self.dtype, chip)
+    return self._op()
 
   def least_seconds(self, chip: Target) -> float:
     """The least time that any program for the op takes on a chip: the larger of two.
@@ -68,9 +77,8 @@ class CaseProgram:
     pass: it takes the arrays and the cotangent, returns the gradients, and has twice the flops.
     Saved states, what a kernel reads again, and the products of chunks are no part of it.
     """
-    forward = dataclasses.replace(self, direction="forward")
-    function, (arrays,) = forward.program(chip)
-    y = jax.eval_shape(function, arrays)
+    _, arrays = self._parts(chip)
+    y = self._result(chip)
     taken, returned = _bytes(arrays), _bytes(y)
     flops = self._flops()
     if self.direction == "forward_backward":
