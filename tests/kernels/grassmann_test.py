@@ -1,5 +1,5 @@
-"""The TPU kernels of Grassmann mixing: their values in interpret mode, and what the compilers of
-absent chips make of them."""
+"""The kernels of Grassmann mixing: their values in interpret mode, and what the compilers of absent
+chips make of them."""
 
 from __future__ import annotations
 
@@ -12,90 +12,78 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import compile_ahead, ops, sharding
-from jaxmix.ops.segments import document_positions, over_padding
-from pallas_kernels.grassmann import tpu
+from pallas_kernels.grassmann import gpu, tpu
 from pallas_kernels.grassmann.cases import BENCHMARKS, CASES, Case
 
 NAMED = {case.name: case for case in (*CASES, *BENCHMARKS)}
 EPS = 1e-8
-# Whose kernels, and how they are told to work in blocks of which there are several in every case.
-KERNELS = {"tpu": (tpu, {"tokens": 128})}
 
 
-def by_kernels(implementation, case, z, weight, bias, before, count, segment_ids, dy, **blocks):
-  """y and the gradients, by the kernels on rows in order."""
-  kernels, small = KERNELS[implementation]
-  options = {**case.options(), "eps": EPS, "interpret": True, **small, **blocks}
-
-  def reach(segment_ids):
-    back = document_positions(segment_ids, count)
-    return jnp.where(segment_ids != 0, back, -1)
-
-  def live(segment_ids, z):
-    return jnp.where((segment_ids != 0)[..., None], z, 0)
-
-  def forward(segment_ids, z):
-    z = live(segment_ids, z)
-    return kernels.forward(z, before, weight, bias, reach(segment_ids), **options)
-
-  def backward(segment_ids, z, dy):
-    z = live(segment_ids, z)
-    return kernels.backward(z, before, weight, reach(segment_ids), dy, **options)
-
-  y = over_padding(forward, segment_ids, z)
-  dz, dbefore, dweight, dbias = over_padding(backward, segment_ids, z, dy)
-  dweight, dbias = dweight.astype(weight.dtype), dbias.astype(bias.dtype)
-  return {"y": y, "z": dz, "before": dbefore, "weight": dweight, "bias": dbias}
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The op's kernels run their programs on the CPU, on TPU in blocks that are small enough for
+  several in every case."""
+  small = {"tokens": 128, "columns": 128}
+  for kernels, blocks in ((tpu, small), (gpu, {})):
+    for name in ("forward", "backward"):
+      kernel = functools.partial(getattr(kernels, name), interpret=True, **blocks)
+      monkeypatch.setattr(kernels, name, kernel)
 
 
-def by_op(implementation, case, z, weight, bias, before, count, segment_ids, dy):
-  """The same by a form of the op."""
+def by_op(implementation, case, z, weight, bias, memory, length, segment_ids, dy):
+  """y and the gradients."""
 
-  def run(z, weight, bias, before):
+  def run(z, weight, bias, memory):
     return ops.grassmann_mix(
       z,
       weight,
       bias,
-      state={"memory": before[:, :, None], "length": count},
+      state={"memory": memory, "length": length},
       segment_ids=segment_ids,
       eps=EPS,
       implementation=implementation,
       **case.options(),
     )[0]
 
-  y, pull = jax.vjp(run, z, weight, bias, before)
-  return {"y": y, **dict(zip(("z", "weight", "bias", "before"), pull(dy), strict=True))}
+  y, pull = jax.vjp(run, z, weight, bias, memory)
+  return {"y": y, **dict(zip(("z", "weight", "bias", "memory"), pull(dy), strict=True))}
 
 
 def inputs_of(case, dtype):
-  """z, weight, bias, before, count, segment_ids, dy; NaN at padding."""
+  """z, weight, bias, memory, length, segment_ids, dy; NaN at padding."""
   random, arrays = np.random.default_rng(2), case.inputs()
   earlier, shape = max(case.offsets), (case.batch, case.length, case.channels)
   ids = case.segment_ids()
   ids = np.ones(shape[:2], np.int32) if ids is None else ids
-  z, dy = arrays["z"][:, :, 0].astype(np.float32), random.normal(size=shape).astype(dtype)
+  z, dy = arrays["z"].astype(np.float32), random.normal(size=shape).astype(dtype)
   z[ids == 0] = dy[ids == 0] = np.nan
-  before = random.normal(size=(case.batch, earlier, case.rank)).astype(np.float32)
-  count = np.array([earlier, 3][: case.batch], np.int32)  # the rest of `before` is no document's
-  return z, arrays["weight"].astype(dtype), arrays["bias"].astype(dtype), before, count, ids, dy
+  memory = random.normal(size=(case.batch, earlier, case.heads, case.rank)).astype(np.float32)
+  length = np.array([earlier, 3][: case.batch], np.int32)  # the rest of it is no document's
+  return z, arrays["weight"].astype(dtype), arrays["bias"].astype(dtype), memory, length, ids, dy
 
 
 @pytest.mark.parametrize(
-  ("implementation", "name", "dtype", "blocks"),
+  ("implementation", "name", "dtype"),
   [
-    ("tpu", "packed", jnp.bfloat16, {}),
-    ("tpu", "packed_clamp", np.float32, {}),
-    ("tpu", "padded", np.float32, {}),
-    ("tpu", "odd_rank", jnp.bfloat16, {}),
-    ("tpu", "smallest_rank", np.float32, {"tokens": 256, "columns": 128}),
-    ("tpu", "repeated_offsets", np.float32, {}),
+    ("tpu", "packed", jnp.bfloat16),
+    ("tpu", "packed_clamp", np.float32),
+    ("tpu", "padded", np.float32),
+    ("tpu", "odd_rank", jnp.bfloat16),
+    ("tpu", "smallest_rank", np.float32),
+    ("tpu", "repeated_offsets", np.float32),
+    ("gpu", "one_token", np.float32),
+    ("gpu", "packed", jnp.bfloat16),
+    ("gpu", "packed_clamp", np.float32),
+    ("gpu", "padded", np.float32),
+    ("gpu", "odd_rank", jnp.bfloat16),
+    ("gpu", "groups", np.float32),
   ],
 )  # fmt: skip
-def test_definition(implementation, name, dtype, blocks, no_worse):
+def test_definition(implementation, name, dtype, interpreted, no_worse):
   """In interpret mode the kernels are as near to the definition in float64 as the form that XLA
   compiles is, within a factor of two; what stands at padding is inert."""
   case, arrays = NAMED[name], inputs_of(NAMED[name], dtype)
-  found = jax.jit(functools.partial(by_kernels, implementation, case, **blocks))(*arrays)
+  found = jax.jit(functools.partial(by_op, implementation, case))(*arrays)
   by_xla = jax.jit(functools.partial(by_op, "xla", case))(*arrays)
   with jax.enable_x64(True):
     exact = [
@@ -106,19 +94,17 @@ def test_definition(implementation, name, dtype, blocks, no_worse):
   no_worse(found, by_xla, exact, name, segment_ids=arrays[5], operands=dtype)
 
 
-def test_vectors_without_a_plane():
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_vectors_without_a_plane(implementation, interpreted):
   """Zero and parallel vectors give finite values and gradients, and zero vectors none."""
-  case = Case("", 1, 24, 4, 8, offsets=(1, 2))
-  z, weight, bias, before, _, _, dy = inputs_of(case, np.float32)
+  case = Case("", 1, 24, 4, 8, offsets=(1, 2), normalization="clamp")
+  z, weight, bias, memory, *others = inputs_of(case, np.float32)
   z[0, 8:12], z[0, 16:] = 0, 1e-3 * z[0, 16]
-  reach = np.arange(case.length, dtype=np.int32)[None]
-  for normalization in ("smooth", "clamp"):
-    options = {"offsets": case.offsets, "eps": EPS, "normalization": normalization}
-    y = tpu.forward(z, before, weight, bias, reach, **options, interpret=True)
-    gradients = tpu.backward(z, before, weight, reach, dy, **options, interpret=True)
-    assert all(np.isfinite(x).all() for x in (y, *gradients))
-    np.testing.assert_array_equal(gradients[0][0, 8:12], 0)
-    np.testing.assert_array_equal(y[0, 8:12], np.broadcast_to(bias, (4, 8)))
+  run = jax.jit(functools.partial(by_op, implementation, case))
+  found = run(z, weight, bias, memory, *others)
+  assert all(np.isfinite(x).all() for x in found.values())
+  np.testing.assert_array_equal(found["z"][0, 8:12], 0)
+  np.testing.assert_array_equal(found["y"][0, 8:12], np.broadcast_to(bias, (4, 8)))
 
 
 def test_only_what_is_there_is_read(close, rounding):
@@ -126,6 +112,7 @@ def test_only_what_is_there_is_read(close, rounding):
   changes no value."""
   case = NAMED["odd_rank"]
   z, weight, bias, before, count, _, dy = inputs_of(case, np.float32)
+  z, before = z[:, :, 0], before[:, :, 0]
   reach = count[:, None] + np.arange(case.length, dtype=np.int32)
   strict = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
 
@@ -140,11 +127,8 @@ def test_only_what_is_there_is_read(close, rounding):
   close(found, expected, tolerance=rounding(jnp.float32, 4))
 
 
-def test_op_on_a_mesh(monkeypatch, close, rounding):
+def test_op_on_a_mesh(interpreted, close, rounding):
   """The op by its kernels, with the batch cut over 4 devices, is the XLA form on one."""
-  for name in ("forward", "backward"):
-    kernel = functools.partial(getattr(tpu, name), tokens=128, interpret=True)
-    monkeypatch.setattr(tpu, name, kernel)
   case = NAMED["odd_rank"]
   z, weight, bias, before, count, ids, dy = inputs_of(case, np.float32)
   z, before, count, ids, dy = (np.concatenate([x, x[::-1]]) for x in (z, before, count, ids, dy))
@@ -173,35 +157,44 @@ def test_chosen_when_lowered(platform, holds):
   assert ("grassmann_backward" in text) == holds
 
 
-def test_refusals():
+@pytest.mark.parametrize(
+  ("shape", "options", "texts"),
+  [
+    ((2, 64, 32), {}, {"tpu": None, "gpu": None}),
+    ((2, 64, 1, 32), {}, {"tpu": None, "gpu": None}),
+    ((2, 64, 2, 32), {}, {"tpu": "z has 2 heads, expected one", "gpu": None}),
+    ((2, 64, 129), {}, dict.fromkeys(("tpu", "gpu"), "rank 129 is above 128")),
+    ((2, 64, 32), {"offsets": (4, -1)},
+     dict.fromkeys(("tpu", "gpu"), "offset -1 points to a later token")),
+    ((2, 64, 32), {"dtype": jnp.bfloat16},
+     dict.fromkeys(("tpu", "gpu"), "z is bfloat16, expected float32")),
+    ((2, 64, 32), {"weight": jnp.float16},
+     dict.fromkeys(("tpu", "gpu"), "weight is float16, expected float32 or bfloat16")),
+    ((2, 64, 128), {"offsets": (5000,), "weight": jnp.float32},
+     {"tpu": "rank 128 with offsets up to 5000 and a weight in float32 needs 33,775,616 bytes of "
+             "VMEM and 12,582,912 are available; rank 64 fits", "gpu": None}),
+  ],
+)  # fmt: skip
+def test_refusals(shape, options, texts):
   """What the kernels cannot run is said, with the values."""
-
-  def refusal(dtype=jnp.float32, weight=jnp.bfloat16, shape=(32,), offsets=(1, 2)):
-    z = jax.ShapeDtypeStruct((2, 64, *shape), dtype)
-    pairs = shape[-1] * (shape[-1] - 1) // 2
-    return tpu.refusal(z, jax.ShapeDtypeStruct((pairs, 8), weight), offsets)
-
-  assert refusal() is None and refusal(shape=(1, 32)) is None
-  assert refusal(dtype=jnp.bfloat16) == "z is bfloat16, expected float32"
-  assert refusal(weight=jnp.float16) == "weight is float16, expected float32 or bfloat16"
-  assert refusal(shape=(2, 32)) == "z has 2 heads, expected one"
-  assert refusal(shape=(129,)) == "rank 129 is above 128"
-  assert refusal(offsets=(4, -1)) == "offset -1 points to a later token"
-  assert refusal(shape=(128,), offsets=(5000,), weight=jnp.float32) == (
-    "rank 128 with offsets up to 5000 and a weight in float32 needs 33,775,616 bytes of VMEM "
-    "and 12,582,912 are available; rank 64 fits"
-  )
+  z = jax.ShapeDtypeStruct(shape, options.get("dtype", jnp.float32))
+  pairs = shape[-1] * (shape[-1] - 1) // 2
+  weight = jax.ShapeDtypeStruct((pairs, 8), options.get("weight", jnp.bfloat16))
+  for name, kernels in (("tpu", tpu), ("gpu", gpu)):
+    assert kernels.refusal(z, weight, options.get("offsets", (1, 2))) == texts[name]
 
 
-def both_directions(offsets, z, before, weight, bias, reach, dy):
+def both_directions(kernels, offsets, z, before, weight, bias, reach, dy):
   """The kernels forward and backward, to be compiled for a chip."""
   options = {"offsets": offsets, "eps": EPS, "normalization": "safe"}
-  y = tpu.forward(z, before, weight, bias, reach, **options)
-  return y, tpu.backward(z, before, weight, reach, dy, **options)
+  y = kernels.forward(z, before, weight, bias, reach, **options)
+  return y, kernels.backward(z, before, weight, reach, dy, **options)
 
 
 def compiled(chip: str, case, dtype, *, schedule="kernels"):
-  reason = compile_ahead.installed(compile_ahead.target(chip).platform)
+  """A report of the kernels of the chip's platform at the sizes of a case."""
+  platform = compile_ahead.target(chip).platform
+  reason = compile_ahead.installed(platform)
   if reason is not None:
     pytest.skip(reason)
   rows, weight = (case.batch, case.length), case.shapes()["weight"]
@@ -217,7 +210,8 @@ def compiled(chip: str, case, dtype, *, schedule="kernels"):
   arrays = tuple(
     jax.ShapeDtypeStruct(shape, dtypes.get(array, dtype)) for array, shape in shapes.items()
   )
-  program = functools.partial(both_directions, case.offsets)
+  kernels = tpu if platform == "tpu" else gpu
+  program = functools.partial(both_directions, kernels, case.offsets)
   return compile_ahead.report(program, arrays, chip, schedule=schedule)
 
 
@@ -238,3 +232,34 @@ def test_odd_shapes_compile():
   case = Case("", 2, 601, 23, 1160, offsets=(1, 3, 300))
   report = compiled("v4", case, jnp.float32, schedule=None)
   assert report.pallas_kernels.keys() >= {"grassmann_forward", "grassmann_backward"}
+
+
+PRODUCTS = ("forward", "backward_planes", "backward_weight")
+VECTORS = ("directions", "backward_tokens")
+TENSOR_CORES = {
+  "a100": "mma.sync",
+  "a6000": "mma.sync",
+  "rtx4090": "mma.sync",
+  "h100": "wgmma",
+  "b200": "tcgen05",
+}
+
+
+@pytest.mark.parametrize(
+  ("chip", "name"),
+  [*((chip, "train") for chip in TENSOR_CORES), ("a6000", "train_r64"), ("h100", "train_r64")],
+)
+def test_gpu_kernels(chip, name):
+  """At the sizes of training no kernel spills a register, those that multiply do it on tensor
+  cores, and a multiprocessor has room for one block at least."""
+  kernels = compiled(chip, NAMED[name], jnp.bfloat16).gpu_kernels
+  assert sorted(kernel.name for kernel in kernels) == sorted(
+    f"grassmann_{kernel}" for kernel in (*PRODUCTS, *VECTORS)
+  )
+  for kernel in kernels:
+    assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
+    assert kernel.blocks_per_core >= 1, kernel.name
+    if kernel.name.removeprefix("grassmann_") in PRODUCTS:
+      assert kernel.tensor_core.get(TENSOR_CORES[chip], 0) > 0, (
+        f"{kernel.name}: {kernel.tensor_core}"
+      )
