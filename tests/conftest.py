@@ -63,7 +63,8 @@ def relative_errors(actual, expected) -> tuple[float, float, tuple[int, ...]]:
 
   Where `expected` is zero throughout, the errors are infinite unless `actual` is too.
   """
-  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  kind = np.complex128 if np.iscomplexobj(expected) else np.float64
+  actual, expected = np.asarray(actual, kind), np.asarray(expected, kind)
   if not expected.size:
     return 0.0, 0.0, ()
   difference = np.abs(actual - expected)
@@ -72,7 +73,7 @@ def relative_errors(actual, expected) -> tuple[float, float, tuple[int, ...]]:
   if not difference.any():
     return 0.0, 0.0, tuple(int(index) for index in worst)
   with np.errstate(divide="ignore"):
-    rms = np.sqrt(np.mean(difference**2) / np.mean(expected**2))
+    rms = np.sqrt(np.mean(difference**2) / np.mean(np.abs(expected) ** 2))
     largest = difference[worst] / np.abs(expected).max()
   return float(rms), float(largest), tuple(int(index) for index in worst)
 

@@ -7,23 +7,35 @@ from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_grou
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
+from jaxmix.ops.monarch import (
+  block_diagonal_multiply,
+  fourier_factors,
+  monarch_multiply,
+  monarch_to_dense,
+  project_to_monarch,
+)
 from jaxmix.ops.segments import document_indices, document_positions, last_token
 from jaxmix.ops.short_convolution import short_convolution
 
 __all__ = [
   "attention",
   "attention_state",
+  "block_diagonal_multiply",
   "delta_rule",
   "document_indices",
   "document_positions",
   "explain_implementation",
+  "fourier_factors",
   "fractional_grassmann_mix",
   "grassmann_mix",
   "grassmann_state",
   "higher_order_linear_attention",
   "last_token",
   "linear_attention",
+  "monarch_multiply",
+  "monarch_to_dense",
   "offset_taps",
   "offsets_of_groups",
+  "project_to_monarch",
   "short_convolution",
 ]
