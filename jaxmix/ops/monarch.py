@@ -82,8 +82,8 @@ def monarch_multiply(
     rule = "[N / N_s, N_s, N_s] each, N the product of all N_s"
   if not fits or channels != inputs:
     raise ValueError(
-      f"{name}: x has {channels} channels and the factors have shapes {sizes}, expected {rule}, and "
-      f"{inputs} channels of x"
+      f"{name}: x has {channels} channels and the factors have shapes {sizes}, expected {rule}, "
+      f"and {inputs} channels of x"
     )
   rows = x.reshape(-1, channels)
   y = (_two_factors if len(factors) == 2 else _digits)(rows, factors, leading_permutation)
@@ -186,7 +186,7 @@ def _blockwise(x, weight):
 
 
 def _two_factors(x, factors, leading_permutation: bool):
-  (k, q, p), (blocks, s, r) = (factor.shape for factor in factors)
+  (k, _, p), (blocks, s, r) = (factor.shape for factor in factors)
   x = x.reshape(-1, p, k).swapaxes(1, 2) if leading_permutation else x.reshape(-1, k, p)
   h = _blockwise(x, factors[0]).reshape(-1, r, blocks).swapaxes(1, 2)
   return _blockwise(h, factors[1]).swapaxes(1, 2).reshape(-1, blocks * s)

@@ -134,7 +134,7 @@ def test_golden_projection_by_blocks(case, cases, float64, close):
 
 
 def test_golden_projection_of_row_groups(cases, float64, close):
-  """Blocks of low rank whose rows stand in groups of b2 are those of a matrix with rows reordered."""
+  """Blocks of low rank whose rows stand in groups of b2 are those of a matrix reordered."""
   data = cases("projection", "blockrank0")
   dense, blocks = data["M"], int(data["nblocks2"])
   rows = np.arange(len(dense)).reshape(-1, blocks, int(data["b2"])).swapaxes(1, 2).reshape(-1)
@@ -146,7 +146,7 @@ def test_golden_projection_of_row_groups(cases, float64, close):
 
 
 def test_golden_projection_of_fourier(cases, float64, close):
-  """The discrete Fourier transform, its columns in the order that the form expects, is recovered."""
+  """The Fourier transform, its columns in the order that the form expects, is recovered."""
   for case in ("fft0", "fft1", "fft2"):
     data = cases("projection", case)
     n, permutation = int(data["n"]), data["perm"]
@@ -177,7 +177,7 @@ def test_errors():
     factors = [jnp.zeros(shape) for shape in shapes]
     ops.monarch_multiply(jnp.zeros((2, x)), factors, leading_permutation=leading_permutation)
 
-  with pytest.raises(ValueError, match="24 channels .* expected .* K q = L r"):
+  with pytest.raises(ValueError, match=r"24 channels .* expected .* K q = L r"):
     multiply((4, 6, 6), (5, 2, 4))
   with pytest.raises(ValueError, match="and 27 channels of x"):
     multiply((9, 3, 3), (9, 3, 3), (9, 3, 3))
