@@ -7,6 +7,7 @@ from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_grou
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
+from jaxmix.ops.long_convolution import convolution_state, long_convolution
 from jaxmix.ops.monarch import (
   block_diagonal_multiply,
   fourier_factors,
@@ -21,6 +22,7 @@ __all__ = [
   "attention",
   "attention_state",
   "block_diagonal_multiply",
+  "convolution_state",
   "delta_rule",
   "document_indices",
   "document_positions",
@@ -32,6 +34,7 @@ __all__ = [
   "higher_order_linear_attention",
   "last_token",
   "linear_attention",
+  "long_convolution",
   "monarch_multiply",
   "monarch_to_dense",
   "offset_taps",

@@ -1,0 +1,114 @@
+"""Convolution of rows with filters, as XLA compiles it: by Fourier transforms, and by products with
+Toeplitz matrices for short rows; and its gradient.
+
+Both are circular convolutions with one filter c of a length N at which nothing wraps around: lags
+0, 1, ... stand at its front and those of later tokens, -1, -2, ..., at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+SHORT = 64  # tokens of a row up to which the product is used
+
+
+def convolve(g, kernel, reverse_kernel, documents):
+  """sum_j kernel[:, j] g_{t-j} + sum_j reverse_kernel[:, j] g_{t+1+j}, within documents.
+
+  Args:
+    g: [B, T, D].   kernel: [D, L].   reverse_kernel: [D, L'] or None.
+    documents: [B, T] int32, the number of the document of each token, -1 for padding; or None for
+      one document a row.
+  Returns:
+    [B, T, D].
+  """
+  length = g.shape[1]
+  later = 0 if reverse_kernel is None else min(reverse_kernel.shape[1], length - 1)
+  kernel = kernel[:, :length]
+  size = smooth(length + max(kernel.shape[1] - 1, later))
+  c = jnp.pad(kernel, ((0, 0), (0, size - kernel.shape[1] - later)))
+  if later:
+    c = jnp.concatenate([c, reverse_kernel[:, later - 1 :: -1]], 1)
+  return _convolve(g, c, documents)
+
+
+def smooth(size: int) -> int:
+  """The smallest number from `size` on without other prime factors than 2, 3 and 5: transforms of
+  such lengths are fast."""
+  best, fives = 1 << (size - 1).bit_length(), 1
+  while fives < best:
+    threes = fives
+    while threes < best:
+      quotient = -(-size // threes)
+      best = min(best, threes << (quotient - 1).bit_length())
+      threes *= 3
+    fives *= 5
+  return best
+
+
+@jax.custom_vjp
+def _convolve(g, c, documents):
+  return _each_document(documents, functools.partial(_forward, c=c), g)
+
+
+def _convolve_forward(g, c, documents):
+  # Spectra are made again in the backward pass: they are twice the inputs and more.
+  return _convolve(g, c, documents), (g, c, documents)
+
+
+def _convolve_backward(residuals, dy):
+  g, c, documents = residuals
+  dg, dc = _each_document(documents, functools.partial(_backward, c=c), g, dy)
+  return dg, dc, None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _each_document(documents, function, *arrays):
+  """The sum of function(*arrays) over documents, with zeros outside of each, where only its own
+  tokens count of results [B, T, D]."""
+  if documents is None:
+    return function(*arrays)
+
+  def of(number):
+    mine = (documents == number)[..., None]
+    results = function(*(jnp.where(mine, array, 0) for array in arrays))
+    return jax.tree.map(lambda x: jnp.where(mine, x, 0) if x.ndim == 3 else x, results)
+
+  def add(number, total):
+    return jax.tree.map(jnp.add, total, of(number))
+
+  return jax.lax.fori_loop(1, jnp.max(documents) + 1, add, of(0))
+
+
+def _forward(g, c):
+  if g.shape[1] <= SHORT:
+    return _by_product(g, c)
+  return _back(_spectrum(g, c) * _spectrum(c), g, c)
+
+
+def _backward(g, dy, c):
+  if g.shape[1] <= SHORT:
+    return jax.vjp(_by_product, g, c)[1](dy)
+  of_g, of_c, of_dy = _spectrum(g, c), _spectrum(c), _spectrum(dy, c)
+  dc = jnp.fft.irfft(jnp.sum(jnp.conj(of_g) * of_dy, 0), c.shape[1])
+  return _back(jnp.conj(of_c) * of_dy, g, c), dc
+
+
+def _spectrum(x, c=None):
+  """Of c [D, N], or of rows [B, T, D] -> [B, D, frequencies]."""
+  return jnp.fft.rfft(x) if c is None else jnp.fft.rfft(x.swapaxes(1, 2), c.shape[1])
+
+
+def _back(spectrum, g, c):
+  return jnp.fft.irfft(spectrum, c.shape[1])[..., : g.shape[1]].swapaxes(1, 2)
+
+
+def _by_product(g, c):
+  index = jnp.arange(g.shape[1])
+  toeplitz = c[:, (index[:, None] - index) % c.shape[1]]
+  return jnp.einsum("dts,bsd->btd", toeplitz, g, precision="highest")
