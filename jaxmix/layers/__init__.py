@@ -7,6 +7,7 @@ from jaxmix.layers.decay_gates import SoftplusDecay, log_sigmoid_decay
 from jaxmix.layers.embedding import Embedding
 from jaxmix.layers.head_mixer import HeadMixer, head_channels
 from jaxmix.layers.heads import GatedOutput, HeadProjection, LowRank, l2_norm
+from jaxmix.layers.implicit_filter import ImplicitFilter
 from jaxmix.layers.learned_offsets import LearnedOffsets
 from jaxmix.layers.linear import Linear
 from jaxmix.layers.mlp import MLPS, DenseMLP, GatedMLP
@@ -24,6 +25,7 @@ __all__ = [
   "GatedOutput",
   "HeadMixer",
   "HeadProjection",
+  "ImplicitFilter",
   "LayerNorm",
   "LearnedOffsets",
   "Linear",

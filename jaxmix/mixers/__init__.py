@@ -19,6 +19,7 @@ from jaxmix.mixers.hla import HLA
 from jaxmix.mixers.lightning import Lightning
 from jaxmix.mixers.linear_attention import LinearAttention
 from jaxmix.mixers.mamba2 import Mamba2
+from jaxmix.mixers.monarch import MonarchMixer
 from jaxmix.mixers.retnet import RetNet
 from jaxmix.mixers.simple_gla import SimpleGLA
 
@@ -34,6 +35,7 @@ MIXERS = {
   "lightning": Lightning,
   "linear_attention": LinearAttention,
   "mamba2": Mamba2,
+  "monarch": MonarchMixer,
   "retnet": RetNet,
   "simple_gla": SimpleGLA,
 }

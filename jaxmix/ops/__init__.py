@@ -7,7 +7,7 @@ from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_grou
 from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
-from jaxmix.ops.long_convolution import convolution_state, long_convolution
+from jaxmix.ops.long_convolution import LazyKernel, convolution_state, long_convolution
 from jaxmix.ops.monarch import (
   block_diagonal_multiply,
   fourier_factors,
@@ -19,6 +19,7 @@ from jaxmix.ops.segments import document_indices, document_positions, last_token
 from jaxmix.ops.short_convolution import short_convolution
 
 __all__ = [
+  "LazyKernel",
   "attention",
   "attention_state",
   "block_diagonal_multiply",

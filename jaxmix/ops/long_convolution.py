@@ -8,7 +8,9 @@ costs the root of the filter's length, not the length.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +30,22 @@ from pallas_kernels.long_convolution import reference
 IMPLEMENTATIONS = (None, "reference", "xla")
 
 
+@dataclasses.dataclass(frozen=True)
+class LazyKernel:
+  """Filters that are made where they are used: one token of a stream reads the first few lags only,
+  but for the last of a block.
+
+  Attributes:
+    shape: (D, L).   first: a number of lags -> the filters as far, [D, lags].
+  """
+
+  shape: tuple[int, int]
+  first: Callable[[int], jax.Array]
+
+
 def long_convolution(
   u: jax.Array,
-  kernel: jax.Array,
+  kernel: jax.Array | LazyKernel,
   *,
   reverse_kernel: jax.Array | None = None,
   skip: jax.Array | None = None,
@@ -50,8 +65,8 @@ def long_convolution(
 
   Args:
     u: [B, T, D], float32 or bfloat16; convolved in float32.
-    kernel: [D, L], the filter of each channel by lag.   reverse_kernel: [D, L'], that of later
-      tokens, the next one first; None is causal.   skip: [D].
+    kernel: [D, L], the filter of each channel by lag, or a `LazyKernel`.
+    reverse_kernel: [D, L'], that of later tokens, the next one first; None is causal.   skip: [D].
     pre_gate, post_gate: [B, T, D]; None means ones.
     state: from `convolution_state` or an earlier call, of causal convolutions; None means nothing
       before the first token. It belongs to the document of the first token that is not padding.
@@ -74,7 +89,9 @@ def long_convolution(
   _check(u, kernel, reverse_kernel, skip, pre_gate, post_gate, state, segment_ids, implementation)
   dtype = jnp.promote_types(u.dtype, jnp.float32)
   g = u.astype(dtype) if pre_gate is None else u.astype(dtype) * pre_gate.astype(dtype)
-  kernel = kernel.astype(dtype)
+  if not isinstance(kernel, LazyKernel):
+    lags = kernel.astype(dtype)
+    kernel = LazyKernel(lags.shape, lambda count: lags[:, :count])
   stepping = state is not None and u.shape[1] == 1 and implementation is None
   if reverse_kernel is not None:
     reverse_kernel = reverse_kernel.astype(dtype)
@@ -118,7 +135,7 @@ def _check(
   u, kernel, reverse_kernel, skip, pre_gate, post_gate, state, segment_ids, implementation
 ):
   name = "long_convolution"
-  if u.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != u.shape[2] or kernel.shape[1] < 1:
+  if u.ndim != 3 or len(kernel.shape) != 2 or kernel.shape[0] != u.shape[2] or kernel.shape[1] < 1:
     raise ValueError(
       f"{name}: u and kernel have shapes {u.shape}, {kernel.shape}, expected [B, T, D] and [D, L]; "
       "transpose kernel where its lags are in rows"
@@ -159,11 +176,13 @@ def _row(g, kernel, reverse_kernel, state, segment_ids, implementation):
   """y, and the state behind the row, None with a reverse kernel."""
   before = None if state is None else _in_time(state["memory"], state["length"])
   if implementation == "reference":
-    y = _by_definition(g, kernel, reverse_kernel, before, segment_ids)
+    y = _by_definition(g, kernel.first(kernel.shape[1]), reverse_kernel, before, segment_ids)
   else:
+    rows = g.shape[1] + (0 if before is None else before.shape[1])
+    lags = kernel.first(min(rows, kernel.shape[1]))
 
     def form(segment_ids, g):
-      return _convolve(g, kernel, reverse_kernel, before, segment_ids)
+      return _convolve(g, lags, reverse_kernel, before, segment_ids)
 
     y = over_padding(form, segment_ids, g)
   if reverse_kernel is not None:
@@ -207,11 +226,12 @@ def _step(g, kernel, state, segment_ids):
   live = jnp.ones(length.shape, bool) if segment_ids is None else segment_ids != 0
   block, size = pending.shape[1], memory.shape[1]
   since = (length - state["pending_from"])[:, None]  # tokens whose part is not in `pending`
-  lags = jnp.arange(1, min(block, kernel.shape[1]))
+  first = kernel.first(min(block, kernel.shape[1]))
+  lags = jnp.arange(1, first.shape[1])
   recent = take_rows(memory, (length[:, None] - lags) % size)
   recent = jnp.where((lags <= since)[..., None], recent, 0)
-  y = take_rows(pending, since)[:, 0] + kernel[:, 0] * g
-  y = y + jnp.einsum("bjd,dj->bd", recent, kernel[:, lags], precision="highest")
+  y = take_rows(pending, since)[:, 0] + first[:, 0] * g
+  y = y + jnp.einsum("bjd,dj->bd", recent, first[:, 1:], precision="highest")
   rows = jnp.arange(g.shape[0])
   kept = memory[rows, length % size]
   memory = memory.at[rows, length % size].set(jnp.where(live[:, None], g, kept))
@@ -236,6 +256,6 @@ def _flushed(newest, length, kernel):
   return {
     "memory": take_rows(newest, (jnp.arange(size) - length[:, None]) % size),
     "length": length,
-    "pending": convolve(rows, kernel, None, None)[:, size:],
+    "pending": convolve(rows, kernel.first(kernel.shape[1]), None, None)[:, size:],
     "pending_from": length,
   }

@@ -24,6 +24,7 @@ from jaxmix.mixers import (
   Lightning,
   LinearAttention,
   Mamba2,
+  MonarchMixer,
   RetNet,
   SimpleGLA,
 )
@@ -98,6 +99,43 @@ def recurrent(
   )
 
 
+def monarch(
+  name: str,
+  pairs: Callable[[int], int],
+  *,
+  order: int = 2,
+  residual=False,
+  exceptions=None,
+  **options,
+) -> Case:
+  """A case of MonarchMixer; each of its long convolutions has `pairs(length)` pairs."""
+  directions = 1 + (options.get("visibility") == "full")
+
+  def flops(batch, length):
+    tokens = batch * length * 2 * ((order + 1) * DIM * (DIM + 3) + DIM * DIM)
+    groups = (order - 1, 1) if residual else (order - 1,)
+    networks = sum(5 * 8 + 8 * 8 + 8 * count * DIM for count in groups)
+    convolutions = batch * sum(groups) * DIM * (pairs(length) + length)
+    return tokens + 2 * (directions * length * networks + convolutions)
+
+  return Case(
+    f"monarch_{name}",
+    functools.partial(
+      MonarchMixer,
+      DIM,
+      max_length=128,
+      order=order,
+      residual=residual,
+      hidden=8,
+      sines=2,
+      frequency=1.0,
+      **options,
+    ),
+    flops,
+    exceptions=exceptions or {},
+  )
+
+
 def triangle(length: int) -> int:
   return length * (length + 1) // 2
 
@@ -161,6 +199,10 @@ CASES = [
             offsets=(1, 5), learned_reach=9, window="gauss", norm=True,
             exceptions={"definition": "learnt offsets have one implementation",
                         "extremes": _PARALLEL_OR_SATURATED}),
+  monarch("causal", triangle),
+  monarch("order_3", triangle, order=3, residual=True, norm=True),
+  monarch("full", lambda length: length**2, visibility="full", residual=True,
+          exceptions=dict.fromkeys(_LAWS_OF_STREAMS, _WHOLE_ROW)),
 ]  # fmt: skip
 
 
