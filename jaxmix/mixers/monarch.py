@@ -155,8 +155,8 @@ class MonarchMixer(nnx.Module):
     }
 
   def flops(self, batch: int, length: int) -> int:
-    """Floating-point operations of a forward pass, a multiply-add counted as two: of a long
-    convolution its direct sums, whatever it is computed by, and its filters once a call."""
+    """Floating-point operations of a forward pass, a multiply-add counted as two, with
+    long convolutions by transforms and filters once a call."""
     tokens = self.into.flops_per_token + self.convolution.flops_per_token + self.out.flops_per_token
     filters = [self.gated] if self.residual is None else [self.gated, self.residual]
     return batch * length * tokens + sum(each.flops(batch, length) for each in filters)
@@ -187,5 +187,5 @@ class _Filters(ImplicitFilter):
 
   def flops(self, batch: int, length: int) -> int:
     """Of the filters and of the convolutions with them."""
-    pairs = length * (length + 1) // 2 if len(self.networks) == 1 else length**2
-    return super().flops(length) + 2 * batch * self.channels * (pairs + length)
+    transforms = self.channels * (2 * batch + len(self.networks))
+    return super().flops(length) + transforms * ops.transform_flops(length)

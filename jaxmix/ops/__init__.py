@@ -1,6 +1,7 @@
 """Ops: pure functions of arrays, for any JAX code. They know nothing of Flax."""
 
 from jaxmix.ops.attention import attention, attention_state
+from jaxmix.ops.circular import transform_flops
 from jaxmix.ops.delta_rule import delta_rule
 from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
 from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_groups
@@ -42,4 +43,5 @@ __all__ = [
   "offsets_of_groups",
   "project_to_monarch",
   "short_convolution",
+  "transform_flops",
 ]

@@ -8,11 +8,17 @@ Both are circular convolutions with one filter c of a length N at which nothing 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from jaxmix import sharding
+
 SHORT = 64  # tokens of a row up to which the product is used
+# Logical axes: rows [B, T, D], filters [D, N], and the gradients of those.
+ROWS, FILTERS, DOCUMENTS = ("batch", None, "mlp"), ("mlp", None), ("batch", None)
+PARTS = ("batch", "mlp", None)
 
 
 def convolve(g, kernel, reverse_kernel, documents):
@@ -49,9 +55,17 @@ def smooth(size: int) -> int:
   return best
 
 
+def transform_flops(length: int) -> int:
+  """Floating-point operations of a real transform of a row of that length, padded for a
+  convolution: half of 5 N log2 N."""
+  size = smooth(2 * length)
+  return round(2.5 * size * math.log2(size))
+
+
 @jax.custom_vjp
 def _convolve(g, c, documents):
-  return _each_document(documents, functools.partial(_forward, c=c), g)
+  # Each device by itself: transforms are along the whole length, and the compiler cuts none well.
+  return sharding.shard_kernel(_forward, (ROWS, FILTERS, DOCUMENTS), ROWS)(g, c, documents)
 
 
 def _convolve_forward(g, c, documents):
@@ -60,12 +74,26 @@ def _convolve_forward(g, c, documents):
 
 
 def _convolve_backward(residuals, dy):
-  g, c, documents = residuals
-  dg, dc = _each_document(documents, functools.partial(_backward, c=c), g, dy)
-  return dg, dc, None
+  run = sharding.shard_kernel(_backward, (ROWS, FILTERS, DOCUMENTS, ROWS), (ROWS, PARTS))
+  dg, dc = run(*residuals, dy)
+  return dg, dc.sum(0), None
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _forward(g, c, documents):
+  short = g.shape[1] <= SHORT
+  form = functools.partial(_by_product if short else _by_transform, c=c)
+  return _each_document(documents, form, g)
+
+
+def _backward(g, c, documents, dy):
+  """dg, and dc [1, D, N] of all rows of this device."""
+  short = g.shape[1] <= SHORT
+  form = functools.partial(_by_product_backward if short else _by_transform_backward, c=c)
+  dg, dc = _each_document(documents, form, g, dy)
+  return dg, dc[None]
 
 
 def _each_document(documents, function, *arrays):
@@ -85,15 +113,11 @@ def _each_document(documents, function, *arrays):
   return jax.lax.fori_loop(1, jnp.max(documents) + 1, add, of(0))
 
 
-def _forward(g, c):
-  if g.shape[1] <= SHORT:
-    return _by_product(g, c)
+def _by_transform(g, c):
   return _back(_spectrum(g, c) * _spectrum(c), g, c)
 
 
-def _backward(g, dy, c):
-  if g.shape[1] <= SHORT:
-    return jax.vjp(_by_product, g, c)[1](dy)
+def _by_transform_backward(g, dy, c):
   of_g, of_c, of_dy = _spectrum(g, c), _spectrum(c), _spectrum(dy, c)
   dc = jnp.fft.irfft(jnp.sum(jnp.conj(of_g) * of_dy, 0), c.shape[1])
   return _back(jnp.conj(of_c) * of_dy, g, c), dc
@@ -112,3 +136,7 @@ def _by_product(g, c):
   index = jnp.arange(g.shape[1])
   toeplitz = c[:, (index[:, None] - index) % c.shape[1]]
   return jnp.einsum("dts,bsd->btd", toeplitz, g, precision="highest")
+
+
+def _by_product_backward(g, dy, c):
+  return jax.vjp(_by_product, g, c)[1](dy)
