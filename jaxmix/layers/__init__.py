@@ -10,7 +10,8 @@ from jaxmix.layers.heads import GatedOutput, HeadProjection, LowRank, l2_norm
 from jaxmix.layers.implicit_filter import ImplicitFilter
 from jaxmix.layers.learned_offsets import LearnedOffsets
 from jaxmix.layers.linear import Linear
-from jaxmix.layers.mlp import MLPS, DenseMLP, GatedMLP
+from jaxmix.layers.mlp import MLPS, BlockDiagonalMLP, DenseMLP, GatedMLP
+from jaxmix.layers.monarch_linear import BlockDiagonalLinear, MonarchLinear
 from jaxmix.layers.norms import NORMS, LayerNorm, RMSNorm
 from jaxmix.layers.rotary import rotary
 from jaxmix.layers.short_convolution import ShortConvolution
@@ -19,6 +20,8 @@ __all__ = [
   "MLPS",
   "NORMS",
   "Block",
+  "BlockDiagonalLinear",
+  "BlockDiagonalMLP",
   "DenseMLP",
   "Embedding",
   "GatedMLP",
@@ -31,6 +34,7 @@ __all__ = [
   "Linear",
   "LinearHead",
   "LowRank",
+  "MonarchLinear",
   "RMSNorm",
   "ShortConvolution",
   "SoftplusDecay",

@@ -1,13 +1,15 @@
-"""The channel mixers: dense and gated MLPs."""
+"""The channel mixers: MLPs, plain and gated, of dense and of block-diagonal maps."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxmix.layers.linear import Linear
+from jaxmix.layers.monarch_linear import BlockDiagonalLinear
 
 ACTIVATIONS = {
   "gelu": jax.nn.gelu,  # by tanh
@@ -75,4 +77,58 @@ class GatedMLP(nnx.Module):
     return batch * length * sum(part.flops_per_token for part in (self.gate, self.up, self.down))
 
 
-MLPS = {"dense": DenseMLP, "gated": GatedMLP}
+class BlockDiagonalMLP(nnx.Module):
+  """An MLP of block-diagonal maps.
+
+      plain:  y = act(x W_up) W_down + b
+      gated:  g, u = halves of x W_up        y = (act(g) * u) W_down + b
+
+  Halves are contiguous: a gate and what it gates come from different blocks, which is what mixes
+  them.
+
+  Args:
+    dim: model width D.   hidden: width between.
+    blocks: of each map; its cost is that of a dense one over `blocks`.
+    gated: see above.
+    activation: one of ACTIVATIONS.
+    bias: a bias behind the last map.
+  Source: Fu et al. 2023 (arXiv 2310.12109), section 4.
+  """
+
+  def __init__(
+    self,
+    dim: int,
+    hidden: int,
+    *,
+    blocks: int = 4,
+    gated: bool = False,
+    activation: str = "gelu",
+    bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.activation, self.gated = _activation(activation), gated
+    up = {"mlp": 2 * hidden if gated else hidden}
+    self.up = BlockDiagonalLinear({"embed": dim}, up, blocks=blocks, rngs=rngs)
+    self.down = BlockDiagonalLinear(
+      {"mlp": hidden}, {"embed": dim}, blocks=blocks, bias=bias, rngs=rngs
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, D]."""
+    h = self.up(x)
+    if self.gated:
+      gate, h = jnp.split(h, 2, axis=-1)
+      return self.down(self.activation(gate) * h)
+    return self.down(self.activation(h))
+
+  def flops(self, batch: int, length: int) -> int:
+    """Floating-point operations of a forward pass, a multiply-add counted as two."""
+    return batch * length * (self.up.flops_per_token + self.down.flops_per_token)
+
+
+MLPS = {
+  "dense": DenseMLP,
+  "gated": GatedMLP,
+  "block_diagonal": BlockDiagonalMLP,
+  "gated_block_diagonal": functools.partial(BlockDiagonalMLP, gated=True),
+}

@@ -3,6 +3,7 @@
 from jaxmix.models.decoder import Decoder
 from jaxmix.models.encoder import Encoder
 from jaxmix.models.parameters import (
+  BATCHES,
   Axes,
   abstract_parameters,
   cast_matrices,
@@ -15,6 +16,7 @@ from jaxmix.models.stack import REMAT_POLICIES, Stack
 from jaxmix.models.vision import ImageClassifier
 
 __all__ = [
+  "BATCHES",
   "REMAT_POLICIES",
   "Axes",
   "Decoder",

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from jaxmix import sharding
 
+BATCHES = ("layers", "blocks")  # axes, all in front, that count matrices and are none of theirs
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
@@ -18,7 +20,7 @@ class Axes:
 
   Attributes:
     names: one name an array axis, such as ("layers", "embed", "heads", "head").
-    inputs: how many axes a linear map contracts, counted after "layers"; 0 for its bias, and None
+    inputs: how many axes a linear map contracts, counted after `BATCHES`; 0 for its bias, and None
       where the parameter belongs to no linear map.
     manifold: where its values have to stay: "grassmann" for bases of subspaces, orthonormal rows in
       the last two axes; None where they are free.
@@ -34,7 +36,7 @@ class Axes:
   def is_matrix(self) -> bool:
     """Whether it is the matrix of a linear map, or a table; norms, biases and points of a manifold
     are neither."""
-    several = len(self.names) - (self.names[0] == "layers") > 1
+    several = sum(name not in BATCHES for name in self.names) > 1
     return several and self.inputs != 0 and self.manifold is None
 
 

@@ -34,9 +34,9 @@ class Stack(nnx.Module):
     mixers: name -> factory `(dim, *, rngs) -> mixer` for the names in the pattern; None takes
       `jaxmix.mixers.MIXERS` with their defaults. Give `{"local": partial(Attention, window=128)}`
       to configure one.
-    mlp: "gated", "dense", or "none", where a layer is its mixer alone.
-    mlp_dim: hidden width of the MLP; None means 4 D, or 8 D / 3 rounded up to 64 when gated.
-    activation: of the MLP; None means "silu" when gated and "gelu" when dense.
+    mlp: a name in `jaxmix.layers.MLPS`, or "none", where a layer is its mixer alone.
+    mlp_dim: hidden width of the MLP; None means 4 D, or 8 D / 3 rounded up to 64 when "gated".
+    activation: of the MLP; None means "silu" when "gated", else "gelu".
     norm: "rms" or "layer".   placement: see `jaxmix.layers.Block`.
     bias: biases in the MLPs (mixers have their own setting).
     dropout_rate: of each branch.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from jaxmix.models import Axes
+from jaxmix.models import BATCHES, Axes
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -146,7 +146,7 @@ def matrix_dimensions(axes: Axes) -> optax.contrib.MuonDimensionNumbers | None:
   not a linear map."""
   if not axes.inputs:
     return None
-  first = int(axes.names[0] == "layers")
+  first = sum(name in BATCHES for name in axes.names)
   split = first + axes.inputs
   return optax.contrib.MuonDimensionNumbers(
     tuple(range(first, split)), tuple(range(split, len(axes.names)))

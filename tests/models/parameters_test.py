@@ -120,3 +120,23 @@ def test_muon_sees_each_layer_as_its_matrix(abstract, close, rounding):
     # enlarging what was wrong before up to 3.4445 fold, its first coefficient.
     close(found, expected, tolerance=3.4445**5 * rounding(np.float32, 3 * 24))
     assert np.linalg.matrix_rank(found["0"]) == min(found["0"].shape)
+
+
+def test_muon_sees_each_block_as_its_matrix(close):
+  """Of a block-diagonal map, and of all layers of a stack."""
+  random = np.random.default_rng(0)
+  weight, gradient = random.normal(size=(2, 2, 3, 4, 5)).astype(np.float32)
+
+  def update(names, weights, gradients):
+    axes = {name: Axes(names, inputs=1) for name in weights}
+    transformation = muon(axes, learning_rate=0.1, clip_norm=None)
+    run = jax.jit(lambda w, g: transformation.update(g, transformation.init(w), w)[0])
+    return run(weights, gradients)
+
+  together = update(("layers", "blocks", "embed", "mlp"), {"w": weight}, {"w": gradient})["w"]
+  apart = [
+    {f"{layer}{block}": x[layer, block] for layer in range(2) for block in range(3)}
+    for x in (weight, gradient)
+  ]
+  expected = update(("embed", "mlp"), *apart)
+  close({name: together[int(name[0]), int(name[1])] for name in expected}, expected, tolerance=1e-5)
