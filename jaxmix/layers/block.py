@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PLACEMENTS = ("pre_norm", "post_norm", "gated_post_norm")
+PLACEMENTS = ("pre_norm", "post_norm", "gated_post_norm", "mlp_post_norm")
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -28,13 +28,15 @@ class Block(nnx.Module):
         1706.03762)
       gated_post_norm:  x = norm(mixer(x));   x = norm(x + mlp(x))     (Zhang 2025, arXiv
         2512.19428: only a gate inside the mixer leads past it)
+      mlp_post_norm:  x = mixer(x);   x = norm(x + mlp(x))             (Fu et al. 2023, arXiv
+        2310.12109: only a long convolution inside the mixer leads past it)
 
   Args:
     mixer: a mixer (jaxmix.mixers).   mlp: a channel mixer [B, T, D] -> [B, T, D], or None: the
       mixer's branch is then the whole layer.
     norm: makes a norm; called once a branch.
     placement: one of these names.
-    dropout_rate: of each branch before it joins the residual stream.
+    dropout_rate: of each branch before it joins the residual stream, where it joins one.
   """
 
   def __init__(
@@ -51,7 +53,7 @@ class Block(nnx.Module):
         f"placement={placement!r} is unknown; expected one of {', '.join(PLACEMENTS)}"
       )
     self.mixer, self.mlp = mixer, mlp
-    self.mixer_norm = norm()
+    self.mixer_norm = None if placement == "mlp_post_norm" else norm()
     self.mlp_norm = None if mlp is None else norm()
     self.placement = placement
     self.dropout_rate = dropout_rate
@@ -63,7 +65,9 @@ class Block(nnx.Module):
     y, state = self.mixer(
       self.mixer_norm(x) if pre else x, state=state, segment_ids=segment_ids, positions=positions
     )
-    if self.placement == "gated_post_norm":
+    if self.placement == "mlp_post_norm":
+      x = y
+    elif self.placement == "gated_post_norm":
       x = dropout(self.mixer_norm(y), self.dropout_rate, keys[0])
     else:
       x = x + dropout(y, self.dropout_rate, keys[0])

@@ -2,6 +2,7 @@
 
 from jaxmix.models.decoder import Decoder
 from jaxmix.models.encoder import Encoder
+from jaxmix.models.masked_lm import MaskedLM
 from jaxmix.models.parameters import (
   BATCHES,
   Axes,
@@ -22,6 +23,7 @@ __all__ = [
   "Decoder",
   "Encoder",
   "ImageClassifier",
+  "MaskedLM",
   "PairHead",
   "SentencePairClassifier",
   "Stack",

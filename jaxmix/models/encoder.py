@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmix.layers import Embedding, dropout
+from jaxmix.layers import NORMS, Embedding, dropout
 from jaxmix.mixers import MIXERS, Attention
 from jaxmix.models.stack import Stack
 from jaxmix.ops import document_positions
@@ -28,7 +28,8 @@ class Encoder(Stack):
       mixer that looks back only has its place too: a token's features then tell of what came
       before.
     learned_positions: vectors in a table of learned positions, added to the tokens; None means no
-      table.
+      table.   token_types: the same for types of tokens, such as those of two sentences.
+    embedding_norm: a norm of the embedded tokens.
     dropout_rate: of the embedded tokens and of each branch.
     The rest: see `jaxmix.models.stack.Stack`.
   Raises:
@@ -49,7 +50,10 @@ class Encoder(Stack):
     norm: str = "layer",
     placement: str = "pre_norm",
     bias: bool = True,
+    norm_eps: float | None = None,
     learned_positions: int | None = None,
+    token_types: int | None = None,
+    embedding_norm: bool = False,
     dropout_rate: float = 0.0,
     remat: str = "none",
     dtype: str = "float32",
@@ -75,17 +79,23 @@ class Encoder(Stack):
       remat=remat,
       dtype=dtype,
       init_std=init_std,
+      norm_eps=norm_eps,
       rngs=rngs,
     )
+    self.type_embedding = (
+      Embedding(token_types, dim, axis="position", rngs=rngs) if token_types else None
+    )
+    eps = {} if norm_eps is None else {"eps": norm_eps}
+    self.embedding_norm = NORMS[norm](dim, **eps) if embedding_norm else None
     self.vocab_size, self.learned_positions = vocab_size, learned_positions
 
   def __call__(
-    self, tokens: jax.Array, *, segment_ids=None, positions=None, dropout_key=None
+    self, tokens: jax.Array, *, token_types=None, segment_ids=None, positions=None, dropout_key=None
   ) -> jax.Array:
     """Features of the tokens.
 
     Args:
-      tokens: [B, T] int32.
+      tokens: [B, T] int32.   token_types: [B, T] int32; None means that all are of type 0.
       segment_ids: [B, T] int32, 0 is padding; None means that each row is one document.
       positions: [B, T] int32; None counts them in each document.
       dropout_key: a PRNG key; None means no dropout.
@@ -111,6 +121,10 @@ class Encoder(Stack):
     x = self.embedding(tokens, jnp.dtype(self.dtype))
     if self.position_embedding is not None:
       x = x + self.position_embedding(positions, x.dtype)
+    if self.type_embedding is not None:
+      types = jnp.zeros_like(tokens) if token_types is None else token_types
+      x = x + self.type_embedding(types, x.dtype)
+    x = x if self.embedding_norm is None else self.embedding_norm(x)
     x = dropout(x, self.dropout_rate, embedding_key)
     x = constrain(x, "batch", "length", None)
     x, _ = self.apply_layers(x, None, layer_keys, segment_ids=segment_ids, positions=positions)

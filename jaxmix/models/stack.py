@@ -37,7 +37,8 @@ class Stack(nnx.Module):
     mlp: a name in `jaxmix.layers.MLPS`, or "none", where a layer is its mixer alone.
     mlp_dim: hidden width of the MLP; None means 4 D, or 8 D / 3 rounded up to 64 when "gated".
     activation: of the MLP; None means "silu" when "gated", else "gelu".
-    norm: "rms" or "layer".   placement: see `jaxmix.layers.Block`.
+    norm: "rms" or "layer".   norm_eps: of the norms; None leaves them their own.
+    placement: see `jaxmix.layers.Block`.
     bias: biases in the MLPs (mixers have their own setting).
     dropout_rate: of each branch.
     remat: what is saved for the backward pass: "none" (all is), "dots" (results of weight matmuls),
@@ -67,6 +68,7 @@ class Stack(nnx.Module):
     remat: str,
     dtype: str,
     init_std: float | None,
+    norm_eps: float | None = None,
     rngs: nnx.Rngs,
   ):
     mixers = MIXERS if mixers is None else mixers
@@ -93,6 +95,11 @@ class Stack(nnx.Module):
     activation = activation or ("silu" if mlp == "gated" else "gelu")
     pattern = _whole_cycles(tuple(pattern), depth, {name: mixers[name] for name in pattern}, dim)
 
+    eps = {} if norm_eps is None else {"eps": norm_eps}
+
+    def make_norm() -> nnx.Module:
+      return NORMS[norm](dim, **eps)
+
     def make_mixer(index: int, first: jax.Array, rngs: nnx.Rngs) -> nnx.Module:
       name = pattern[index]
       mixer = mixers[name](dim, rngs=rngs)
@@ -114,7 +121,7 @@ class Stack(nnx.Module):
           f"{index}_{name}": Block(
             make_mixer(index, first, rngs),
             make_mlp(rngs),
-            lambda: NORMS[norm](dim),
+            make_norm,
             placement=placement,
             dropout_rate=dropout_rate,
           )
@@ -129,7 +136,7 @@ class Stack(nnx.Module):
       if init_std is not None and own is not None:
         parameter[...] = parameter[...] * (init_std / own)
       parameter.set_metadata(axes=("layers", *parameter.get_metadata()["axes"]))
-    self.final_norm = None if placement == "post_norm" else NORMS[norm](dim)
+    self.final_norm = None if placement in ("post_norm", "mlp_post_norm") else make_norm()
     self.dim, self.depth, self.pattern = dim, depth, pattern
     self.dropout_rate, self.remat, self.dtype = dropout_rate, remat, dtype
 

@@ -3,6 +3,8 @@ visibilities, Hyena operators of two orders, streams."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,21 @@ from flax import nnx
 from jaxmix.layers import ImplicitFilter
 from jaxmix.layers.implicit_filter import lag_features
 from jaxmix.mixers import MonarchMixer
+from jaxmix.models import Encoder, MaskedLM
 
 # The programs round the times of lags and the rates of windows to float32, all else is in float64.
 TOLERANCE = 2e-7
+
+
+# A golden masked language model: its modules by ours.
+BERT = {
+  "embeddings.word_embeddings": ("encoder", "embedding"),
+  "embeddings.position_embeddings": ("encoder", "position_embedding"),
+  "embeddings.token_type_embeddings": ("encoder", "type_embedding"),
+  "embeddings.LayerNorm": ("encoder", "embedding_norm"),
+  "head.transform.dense": ("transform",),
+  "head.transform.LayerNorm": ("norm",),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -197,6 +211,92 @@ def test_golden_stream(case, golden, close):
     found.append(y)
   close(np.concatenate(found, 1), data["y"], tolerance=TOLERANCE)
   close(np.concatenate(found[1:], 1), data["y_decoded"], tolerance=TOLERANCE)
+
+
+def _bert(data: Golden, prefix: str, module: MaskedLM) -> dict:
+  """The arrays under a prefix by our names, layers stacked."""
+  layers: dict[tuple, list] = {}
+  found: dict[tuple, np.ndarray] = {}
+  for name in data.names(prefix):
+    x, (head, _, rest) = data[prefix + name], name.partition(".")
+    if head == "layer":
+      _, part, inner = rest.split(".", 2)
+      if part == "attention":
+        paths = {("mixer", *path): y for path, y in _translated(inner, x, (0, 1, 2)).items()}
+      elif inner.startswith("layernorm"):
+        paths = {("mlp_norm", "scale" if inner.endswith("weight") else "bias"): x}
+      else:
+        which = ("mlp", "up" if inner.startswith("gated_layers") else "down")
+        paths = {(*which, "bias"): x} if x.ndim == 1 else {(*which, "kernel"): x.swapaxes(1, 2)}
+      for path, y in paths.items():
+        layers.setdefault(("encoder", "layers", "0_monarch", *path), []).append(y)
+    elif name == "head.decoder.bias":
+      found[("output_bias",)] = x
+    else:
+      *owner, kind = name.split(".")
+      path = BERT[".".join(owner)]
+      if path[-1].endswith("embedding"):
+        found[(*path, "table")] = x
+      elif path == ("transform",):
+        found[(*path, "kernel" if kind == "weight" else "bias")] = x.T
+      else:
+        found[(*path, "scale" if kind == "weight" else "bias")] = x
+  found |= {path: np.stack(each) for path, each in layers.items()}
+
+  def take(path, leaf):
+    return found.pop(tuple(str(key.key) for key in path)).reshape(leaf.shape)
+
+  tree = jax.tree_util.tree_map_with_path(take, nnx.to_pure_dict(nnx.state(module)))
+  assert not found, found.keys()
+  return tree
+
+
+@pytest.mark.parametrize("case", ["m2bert0", "m2bert1"])
+def test_golden_bert(case, golden, close):
+  """Hidden states of the last layer, logits, the loss and its gradients."""
+  data = Golden(golden, "m2_model", case)
+  dim = data["hidden0"].shape[2]
+  mixer = functools.partial(
+    MonarchMixer,
+    visibility="full",
+    residual=True,
+    norm=bool(data["training_additions"]),
+    **data.filter_options("layer.0.attention.filter_fn."),
+  )
+  encoder = functools.partial(
+    Encoder,
+    dim=dim,
+    depth=len([key for key in ("hidden1", "hidden2") if key in data]),
+    pattern=("monarch",),
+    mixers={"monarch": mixer},
+    mlp="gated_block_diagonal" if data["glu"] else "block_diagonal",
+    mlp_dim=2 * dim,
+    placement="mlp_post_norm",
+    activation="exact_gelu",
+    norm_eps=1e-12,
+    learned_positions=int(data["l_max"]),
+    token_types=2,
+    embedding_norm=True,
+  )
+  model = MaskedLM(data["logits"].shape[2], encoder=encoder, rngs=nnx.Rngs(params=0))
+  graph, _ = nnx.split(model)
+  parameters, gradients = (_bert(data, kind, model) for kind in ("param/", "grad/"))
+  tokens, labels = data["input_ids"], data["labels"]
+
+  @jax.jit
+  def run(parameters):
+    def loss(parameters):
+      logits = nnx.merge(graph, parameters)(tokens)
+      asked = labels != -100
+      log_p = jax.nn.log_softmax(logits.astype(jnp.float64))
+      log_p = jnp.take_along_axis(log_p, jnp.where(asked, labels, 0)[..., None], -1)[..., 0]
+      return -jnp.sum(jnp.where(asked, log_p, 0)) / asked.sum(), logits
+
+    (loss, logits), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
+    return loss, logits, gradients
+
+  expected = (data["loss"], data["logits"], gradients)
+  close(run(parameters), expected, tolerance=10 * TOLERANCE)
 
 
 def test_errors():
