@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -67,7 +69,7 @@ def choose(key, tokens, live, rate: float, mask_id: int, vocab_size: int):
     shown [B, T] int32.
   """
   order_key, kind_key, any_key = jax.random.split(key, 3)
-  most = max(1, round(rate * tokens.shape[1]))
+  most = math.ceil(rate * tokens.shape[1])
   score = jnp.where(live, jax.random.uniform(order_key, tokens.shape), -1)
   _, places = jax.lax.top_k(score, most)
   wanted = jnp.ceil(rate * jnp.sum(live, axis=1, keepdims=True))
