@@ -53,8 +53,9 @@ class Grassmann(nnx.Module):
     gate: "blend", as above; "product": y = a g; "none": y = g. The last two want a residual.
     norm: a LayerNorm of y.
     output_projection: a map D x D with bias behind it.
-    affine: a channel of each group that is always 1; planes then know where the states are, not
-      only their directions.
+    affine: a channel of each group that is constant, the root of their number and so as large as
+      all of them: with it the coordinates hold the partner itself, beside its products with the
+      token's channels.
     scale: multiplies the coordinates p^; None means the root of their number in a head, as above;
       1 as published.
     unpaired: what g is where a token has no partner, "zero" or the "bias".
@@ -150,7 +151,7 @@ class Grassmann(nnx.Module):
     """
     z = self.reduce(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
     if self.affine:
-      z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], -1)
+      z = jnp.concatenate([z, jnp.full_like(z[..., :1], z.shape[-1] ** 0.5)], -1)
     bias = self.expand.bias[...]
     g, state = self._mix(
       z,
