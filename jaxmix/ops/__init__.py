@@ -1,6 +1,7 @@
 """Ops: pure functions of arrays, for any JAX code. They know nothing of Flax."""
 
 from jaxmix.ops.attention import attention, attention_state
+from jaxmix.ops.causal_monarch import causal_monarch, monarch_base
 from jaxmix.ops.circular import transform_flops
 from jaxmix.ops.delta_rule import delta_rule
 from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
@@ -24,6 +25,7 @@ __all__ = [
   "attention",
   "attention_state",
   "block_diagonal_multiply",
+  "causal_monarch",
   "convolution_state",
   "delta_rule",
   "document_indices",
@@ -37,6 +39,7 @@ __all__ = [
   "last_token",
   "linear_attention",
   "long_convolution",
+  "monarch_base",
   "monarch_multiply",
   "monarch_to_dense",
   "offset_taps",
