@@ -28,7 +28,8 @@ def causal_monarch(u: jax.Array, kernel: jax.Array, low: jax.Array, high: jax.Ar
   Args:
     u: [B, T, D], float32.   kernel: [D, L].
     low: [b, b], of the low digits, of which the part on and above the diagonal counts.
-    high: [b, b / 2, b / 2], of the high digits by the low one, the same. b is even, and T and L are at most b^2 / 2; what is missing are zeros.
+    high: [b, b / 2, b / 2], of the high digits by the low one, the same.
+    b is even, and T and L are at most b^2 / 2; what is missing are zeros.
   Returns:
     [B, T, D], the first T coefficients. No output depends on a later token but for rounding, see
     `jaxmix.ops.long_convolution`.
