@@ -16,6 +16,7 @@ _HOMES = {
   "IDXImages": "images",
   "LabelledDataset": "labelled",
   "LabelledSource": "labelled",
+  "LabelledText": "labelled_text",
   "LocalFiles": "local_files",
   "Outline": "outline",
   "SentencePairs": "sentence_pairs",

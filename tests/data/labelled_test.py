@@ -238,7 +238,7 @@ def test_another_table_or_tokenizer_is_refused_on_resuming(tables):
     ("-\ta\tb\n", r"t.tsv, line 1: the label '-' is unknown — expected one of entailment, neutral"),
     ("neutral\ta\tb\nneutral\ta b\n", r"t.tsv, line 2: 2 columns: 'neutral\\ta b' — expected 3, l"),
     ("neutral\ta\tb\n\nneutral\ta\t\n", r"t.tsv, line 3: the sentence '' has no tokens"),
-    ("gold_label\tsentence1\tsentence2\n", r"split 'train' \(.*t.tsv\) holds no pairs"),
+    ("gold_label\tsentence1\tsentence2\n", r"split 'train' \(.*t.tsv\) holds no examples"),
     ("label\tpremise\thypothesis\tx\na\tb\tc\n", r"line 2: 3 columns: .* those of the header"),
     ("neutral\t\udcff\tb\n", r"t.tsv: byte 8 is not UTF-8"),
   ],
