@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmix.objectives import causal_loss, cross_entropy
+from jaxmix.objectives import binary_figures, causal_loss, cross_entropy
 from jaxmix.sharding import put_batch
+
+BINARY = ("positive", "predicted", "true_positive")  # what `binary_figures` is of
 
 
 class Evaluator:
@@ -97,4 +99,6 @@ def _mean(sums: list[tuple], bytes_per_target: float | None) -> dict[str, float]
 
   loss, weight, *further = jax.tree.map(total, *jax.device_get(sums))
   means = {name: value / weight for each in further for name, value in each.items()}
-  return {**figures(loss / weight, bytes_per_target), **means, "targets": int(weight)}
+  binary = {name: means.pop(name) for name in BINARY if name in means}
+  further = binary_figures(**binary) if binary else {}
+  return {**figures(loss / weight, bytes_per_target), **means, **further, "targets": int(weight)}

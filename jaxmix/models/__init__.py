@@ -14,6 +14,7 @@ from jaxmix.models.parameters import (
 )
 from jaxmix.models.sentence_pairs import PairHead, SentencePairClassifier
 from jaxmix.models.stack import REMAT_POLICIES, Stack
+from jaxmix.models.text_classifier import TextClassifier
 from jaxmix.models.vision import ImageClassifier
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
   "PairHead",
   "SentencePairClassifier",
   "Stack",
+  "TextClassifier",
   "abstract_parameters",
   "cast_matrices",
   "freeze",

@@ -11,13 +11,17 @@ def cache_capacity(model: Decoder) -> int | None:
   A mixer bounds it by an attribute `max_length`, unless its attribute `window` says that it never
   looks back as far.
   """
+  return min((mixer.max_length for mixer in _bounded(model)), default=None)
+
+
+def _bounded(model: Decoder) -> list:
+  """Mixers that remember a number of tokens."""
   mixers = [block.mixer for block in model.layers.values()]
-  bounds = [
-    mixer.max_length
+  return [
+    mixer
     for mixer in mixers
     if getattr(mixer, "max_length", None) is not None and getattr(mixer, "window", None) is None
   ]
-  return min(bounds, default=None)
 
 
 def check_stream_length(model: Decoder, length: int, *, what: str, instead: str) -> None:
@@ -26,13 +30,19 @@ def check_stream_length(model: Decoder, length: int, *, what: str, instead: str)
   `what` asks for such a stream; `instead` is what its user can do about it.
   """
   capacity = cache_capacity(model)
-  if capacity is not None and length > capacity:
-    raise ValueError(
-      f"{what}: {length} tokens, but the attention of this model has a cache for {capacity} — "
-      f"expected at most {capacity} — {instead}, or set Attention.max_length = {length} (the "
-      "parameters do not depend on it), or train with Attention.window or a recurrent mixer, "
-      "which have no end"
-    )
+  if capacity is None or length <= capacity:
+    return
+  kind = next(type(mixer).__name__ for mixer in _bounded(model) if mixer.max_length == capacity)
+  repair = (
+    f"set Attention.max_length = {length} (the parameters do not depend on it), or train with "
+    "Attention.window or a recurrent mixer, which have no end"
+    if kind == "Attention"
+    else f"train with {kind}.max_length = {length}, or with a recurrent mixer, which has no end"
+  )
+  raise ValueError(
+    f"{what}: {length} tokens, but the {kind} of this model has a cache for {capacity} — expected "
+    f"at most {capacity} — {instead}, or {repair}"
+  )
 
 
 def check_positions(model: Decoder, length: int, *, what: str, instead: str) -> None:
@@ -40,9 +50,10 @@ def check_positions(model: Decoder, length: int, *, what: str, instead: str) -> 
 
   `what` and `instead`: see `check_stream_length`.
   """
-  if model.position_embedding is None:
+  table = getattr(model, "position_embedding", None)
+  if table is None:
     return
-  positions = model.position_embedding.table.shape[0]
+  positions = table.table.shape[0]
   if length > positions:
     raise ValueError(
       f"{what}: {length} tokens, but this model has learned {positions} positions — expected at "

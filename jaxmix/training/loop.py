@@ -52,6 +52,7 @@ def train(
   batch_size: int,
   mesh: Callable[[], Mesh] = make_mesh,
   objective: Callable = causal_loss,
+  initial: Callable[[dict], dict] | None = None,
   microbatches: int = 1,
   ema_decay: float | None = None,
   seed: int = 0,
@@ -81,6 +82,8 @@ def train(
     batch_size: rows of a step, over all devices and hosts.
     mesh: factory of the mesh, such as `jaxmix.sharding.make_mesh` with its sizes.
     objective: see `jaxmix.objectives`.
+    initial: fresh parameters -> those to begin with, such as `jaxmix.training.from_run`; None
+      leaves them as they are. A run that goes on does not ask.
     microbatches: parts that a batch is worked through in, to save memory.
     ema_decay: of an average of the parameters, which then is what is evaluated; None means none.
     seed: of parameters, dropout and the order of the data.
@@ -140,7 +143,7 @@ def train(
       state, position = checkpoints.restore(start, program.abstract_state())
       batches.set_state(position)
     else:
-      state = program.init(seed)
+      state = program.init(seed, initial)
     if primary:
       (folder / "config.gin").write_text(config)
 

@@ -60,9 +60,20 @@ class TrainStep:
     self.shardings = self._state_shardings()
     self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, None))
 
-  def init(self, seed: int) -> dict:
-    """The train state before the first step, made on the devices where it is to lie."""
-    return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+  def init(self, seed: int, initial: Callable[[dict], dict] | None = None) -> dict:
+    """The train state before the first step, made on the devices where it is to lie.
+
+    Args:
+      seed: of parameters and dropout.
+      initial: fresh parameters -> those to begin with; None means the same.
+    """
+    state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+    if initial is None:
+      return state
+    params = initial(state["params"])
+    state = {**state, "params": params}
+    # An average is an array of its own: both are given away at every step.
+    return state if self.ema_decay is None else {**state, "ema": jax.tree.map(jnp.copy, params)}
 
   def abstract_state(self) -> dict:
     """The train state as jax.ShapeDtypeStruct with shardings: what a checkpoint must hold, what

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused_with_the_repair():
   check_stream_length(model("local"), 10**9, **say)
   with pytest.raises(
     ValueError,
-    match=r"^a stream: 101 tokens, but the attention of this model has a cache for 100 — expected "
+    match=r"^a stream: 101 tokens, but the Attention of this model has a cache for 100 — expected "
     r"at most 100 — ask for less, or set Attention.max_length = 101 .*recurrent mixer",
   ):
     check_stream_length(model("attention"), 101, **say)

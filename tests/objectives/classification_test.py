@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmix.objectives import classification_loss
+from jaxmix.objectives import binary_figures, classification_loss
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -42,3 +42,13 @@ def test_loss_weight_and_right_ones(close, rounding, dtype):
   assert loss.dtype == weight.dtype == further["accuracy"].dtype == jnp.float32
   assert seen["dropout_key"] is key
   assert seen["premise"] is batch["premise"] and seen["hypothesis"] is batch["hypothesis"]
+
+
+def test_binary_figures_are_those_of_the_counts():
+  """Of 10 examples: 3 true positives, 1 false positive, 2 false negatives, 4 true negatives."""
+  found = binary_figures(positive=0.5, predicted=0.4, true_positive=0.3)
+  assert found["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+  matthews = (3 * 4 - 1 * 2) / np.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
+  assert found["matthews"] == pytest.approx(matthews)
+  assert binary_figures(0.5, 0.0, 0.0) == {"f1": 0.0, "matthews": 0.0}
+  assert binary_figures(0.0, 0.0, 0.0) == {"f1": 0.0, "matthews": 0.0}
