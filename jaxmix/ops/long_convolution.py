@@ -115,8 +115,8 @@ def long_convolution(
 def convolution_state(
   batch: int, length: int, channels: int, dtype=jnp.float32
 ) -> dict[str, jax.Array]:
-  """The state before the first token of a causal convolution with kernels [channels, length]; of
-  float32, or of float64 for computing in it."""
+  """The state of `batch` rows before the first token of a causal convolution with kernels
+  [channels, length]; of float32, or of float64 for computing in it."""
   return {
     "memory": jnp.zeros((batch, max(length - 1, 1), channels), dtype),
     "length": jnp.zeros(batch, jnp.int32),

@@ -5,14 +5,12 @@ from jaxmix.training.optimizers import adamw, cosine, muon, warmup_stable_decay
 from jaxmix.training.plots import plot_comparison
 from jaxmix.training.riemannian import riemannian_sgd, with_subspaces
 from jaxmix.training.step import TrainStep
-from jaxmix.training.warm_start import from_run
 
 __all__ = [
   "Result",
   "TrainStep",
   "adamw",
   "cosine",
-  "from_run",
   "muon",
   "plot_comparison",
   "riemannian_sgd",

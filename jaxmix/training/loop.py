@@ -82,8 +82,8 @@ def train(
     batch_size: rows of a step, over all devices and hosts.
     mesh: factory of the mesh, such as `jaxmix.sharding.make_mesh` with its sizes.
     objective: see `jaxmix.objectives`.
-    initial: fresh parameters -> those to begin with, such as `jaxmix.training.from_run`; None
-      leaves them as they are. A run that goes on does not ask.
+    initial: fresh parameters -> those to begin with, such as `jaxmix.training.warm_start.from_run`;
+      None leaves them as they are. A run that goes on does not ask.
     microbatches: parts that a batch is worked through in, to save memory.
     ema_decay: of an average of the parameters, which then is what is evaluated; None means none.
     seed: of parameters, dropout and the order of the data.

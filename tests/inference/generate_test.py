@@ -193,7 +193,7 @@ def test_what_is_on_the_devices_does_not_grow_with_the_position(linear):
     (
       "attention",
       CAPACITY,
-      "prompt of 5 and max_new_tokens=97: 101 tokens, but the attention of this model has a cache "
+      "prompt of 5 and max_new_tokens=97: 101 tokens, but the Attention of this model has a cache "
       f"for {CAPACITY} — expected at most {CAPACITY} — use a shorter prompt or fewer new tokens, "
       r"or set Attention.max_length = 101 .*, or train with Attention.window or a recurrent mixer",
     ),

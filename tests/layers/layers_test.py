@@ -179,7 +179,8 @@ def test_unknown_placement():
   with pytest.raises(ValueError) as error:
     layers.Block(None, None, None, placement="sandwich", dropout_rate=0.0)
   assert str(error.value) == (
-    "placement='sandwich' is unknown; expected one of pre_norm, post_norm, gated_post_norm"
+    "placement='sandwich' is unknown; expected one of pre_norm, post_norm, gated_post_norm, "
+    "mlp_post_norm"
   )
 
 

@@ -259,9 +259,10 @@ def test_default_widths_of_the_mlp():
     ({"pattern": ("linear_atention",)},
      "Decoder: pattern names 'linear_atention', which is unknown; expected one of attention, "
      "deltanet, gated_deltanet, gla, grassmann, hgrn2, hla, kda, lightning, linear_attention, "
-     "mamba2, retnet, simple_gla"),
+     "mamba2, monarch, retnet, simple_gla"),
     ({"mlp": "wide"},
-     "Decoder: mlp names 'wide', which is unknown; expected one of dense, gated, none"),
+     "Decoder: mlp names 'wide', which is unknown; expected one of dense, gated, block_diagonal, "
+     "gated_block_diagonal, none"),
     ({"norm": "batch"},
      "Decoder: norm names 'batch', which is unknown; expected one of rms, layer"),
     ({"remat": "some"},
@@ -276,7 +277,8 @@ def test_default_widths_of_the_mlp():
      "one of them"),
     ({"dropout_rate": 1.0}, "Decoder: dropout_rate=1.0, expected at least 0 and below 1"),
     ({"placement": "sandwich"},
-     "placement='sandwich' is unknown; expected one of pre_norm, post_norm, gated_post_norm"),
+     "placement='sandwich' is unknown; expected one of pre_norm, post_norm, gated_post_norm, "
+     "mlp_post_norm"),
     ({"activation": "tanh"},
      "activation='tanh' is unknown; expected one of gelu, exact_gelu, relu, silu"),
   ],

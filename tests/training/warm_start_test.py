@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jaxmix.configuration import load
-from jaxmix.training import from_run, train
+from jaxmix.training import train
 from jaxmix.training.run import SUPPLIED, load_run
+from jaxmix.training.warm_start import from_run
 
 ENCODER = """
 from jaxmix.data import ByteTokenizer
@@ -58,7 +59,7 @@ from jaxmix.data import LabelledDataset
 from jaxmix.data import LabelledText
 from jaxmix.models import TextClassifier
 from jaxmix.objectives import classification_loss
-from jaxmix.training import from_run
+from jaxmix.training.warm_start import from_run
 train.model = @TextClassifier
 TextClassifier.encoder = @Encoder
 train.objective = @classification_loss
