@@ -14,6 +14,7 @@ _HOMES = {
   "Batches": "pipeline",
   "ByteTokenizer": "tokenizers",
   "IDXImages": "images",
+  "ImageArchives": "image_archives",
   "LabelledDataset": "labelled",
   "LabelledSource": "labelled",
   "LabelledText": "labelled_text",
