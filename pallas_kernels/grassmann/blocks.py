@@ -151,11 +151,15 @@ def vmem_bytes(blocks: Blocks, sizes: Sizes, direction: str) -> int:
   around = sizes.halo + tokens
   windows = rows * around * 4 + 8 * tokens * 4 + pairs * columns * size + tokens * columns * size
   if direction == "forward":
-    scratch = rows * around * 4 + 4 * (rows + ROWS) * tokens * 4 + pairs * (tokens + 256) * 4
+    scratch = (
+      (rows + ROWS) * around * 4 + 4 * (rows + ROWS) * tokens * 4 + pairs * (tokens + 256) * 4
+    )
     values = blocks.group * (pairs * size + 2 * min(columns, GROUP) * 4)
   else:
     windows += rows * (around + sizes.halo) * 4 + pairs * columns * 4
-    scratch = 2 * rows * around * 4 + 256 * (4 * (rows + ROWS) + pairs + sizes.offsets * rows) * 4
+    scratch = (2 * rows + ROWS) * around * 4 + 256 * (
+      4 * (rows + ROWS) + pairs + sizes.offsets * rows
+    ) * 4
     scratch += (pairs + columns) * tokens * size + 2 * (rows + ROWS) * rows // 2 * blocks.group * 4
     values = blocks.group * pairs * 4 + pairs * GROUP * 4
   return 2 * windows + scratch + values

@@ -18,8 +18,8 @@ Channels stand in sublanes and tokens in lanes: an offset is a rotation of lanes
 registers. Pairs come as blocks k = 1 .. R / 2 of R rows, (i, i + k mod R): block k of û ^ q is
 û * roll(q, -k) - roll(û, -k) * q, and a roll is a load that begins k rows lower. The last block
 holds every pair twice; its second half meets zeros of the weight, but for rows of the bias, which
-hold 1 where a token has partners. A block is straight-line code: the schedule lays the vector work
-of some tokens beside the products of others.
+hold 1 where a token has partners. A block is straight-line code: vector work of some tokens stands
+beside products of others.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def forward(
     out_shape=jax.ShapeDtypeStruct((*z.shape[:2], weight.shape[1]), weight.dtype),
     scratch_shapes=[
       at.rows,
+      at.squares,
       at.rolled(blocks.chunks),
       at.rolled(blocks.chunks),
       at.coordinates,
@@ -179,7 +180,6 @@ def backward(
   at = _Windows(sizes, blocks)
   batch, length, rank = z.shape
   channels, halo, last = sizes.channels, sizes.halo, at.count - 1
-  no_bias = jnp.zeros(sizes.width, weight.dtype)
   rows = at.channels_first(z)
   # The tokens before a block, in windows as wide as both divide into.
   wide = math.gcd(blocks.tokens, halo)
@@ -215,6 +215,7 @@ def backward(
     ],
     scratch_shapes=[
       at.rows,
+      at.squares,
       at.rows,
       at.rolled(2),
       at.rolled(2),
@@ -240,7 +241,7 @@ def backward(
     [rows] * len(windows),
     at.marks(reach),
     at.edge(before),
-    circulant(weight, no_bias, sizes),
+    circulant(weight, jnp.zeros(sizes.width, weight.dtype), sizes),
     dy.astype(weight.dtype),
   )
   dz, dbefore = (jnp.swapaxes(x.sum(0), 1, 2)[..., :rank] for x in (dz, dbefore))
@@ -253,7 +254,8 @@ class _Windows:
 
   Attributes:
     parts: of the columns.   count: blocks of a row.
-    rows: a block of z in VMEM, [channels, halo + tokens], behind the tokens before it.
+    rows: a block of z in VMEM behind the tokens before it, [channels, halo + tokens].
+    squares: |z|^2 of those.
     coordinates: of 128 tokens, twice, so that one can be made while the other is read.
   """
 
@@ -262,6 +264,7 @@ class _Windows:
     self.parts = pl.cdiv(sizes.width, blocks.columns)
     self.count = pl.cdiv(sizes.length, blocks.tokens)
     self.rows = pltpu.VMEM((sizes.channels, sizes.halo + blocks.tokens), jnp.float32)
+    self.squares = pltpu.VMEM((ROWS, sizes.halo + blocks.tokens), jnp.float32)
     self.coordinates = [pltpu.VMEM((sizes.pairs, LANES), jnp.float32)] * 2
 
   def rolled(self, count: int):
@@ -308,6 +311,13 @@ def _as_vectors(x):
   return x.reshape(-1, ROWS, LANES)
 
 
+def _put_squares(z_ref, squares_ref, start: int, end: int):
+  """|z|^2 of the tokens in these lanes, once for all that they are partners of."""
+  for first in range(start, end, LANES):
+    z = _as_vectors(z_ref[:, pl.ds(first, LANES)])
+    squares_ref[:, pl.ds(first, LANES)] = _sum_channels(z * z)
+
+
 def _partners(z_ref, first: int, offset: int):
   """The tokens `offset` before those from lane `first` on."""
   whole, offset = divmod(offset, LANES)
@@ -316,7 +326,7 @@ def _partners(z_ref, first: int, offset: int):
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     further = z_ref[:, pl.ds(first - (whole + 1) * LANES, LANES)]
     x = pltpu.roll(jnp.where(lane >= LANES - offset, further, x), offset, 1)
-  return _as_vectors(x)
+  return x
 
 
 class _Directions(NamedTuple):
@@ -337,20 +347,21 @@ class _Directions(NamedTuple):
   terms: list
 
 
-def _directions(z_ref, first: int, reach, mean: _Mean, terms_ref=None) -> _Directions:
+def _directions(z_ref, squares_ref, first: int, reach, mean: _Mean, terms_ref=None) -> _Directions:
   """Of the tokens from lane `first` on. The w / N' of all offsets are put into terms_ref."""
   z = _as_vectors(z_ref[:, pl.ds(first, LANES)])
-  square = _sum_channels(z * z)
+  square = squares_ref[:, pl.ds(first, LANES)]
   inverse = jnp.where(square > TINY, jax.lax.rsqrt(square), 0)
   u, floor = z * inverse, (mean.eps * inverse) ** 2
   reach = jnp.broadcast_to(reach, (ROWS, LANES))
   count = sum((reach >= offset).astype(jnp.float32) for offset in mean.offsets)
   total, terms = 0.0, []
   for number, offset in enumerate(mean.offsets):
-    v = _partners(z_ref, first, offset)
+    v = _as_vectors(_partners(z_ref, first, offset))
+    v_square = _partners(squares_ref, first, offset)
     along = _sum_channels(u * v)
     w = v - along * u
-    area, v_square = _sum_channels(w * w), _sum_channels(v * v)
+    area = _sum_channels(w * w)
     norm = jnp.maximum(area, floor) if mean.clamps else area + mean.relative * v_square + floor
     valid = (reach >= offset) & (v_square > TINY) & (norm > 0)
     scale = jnp.where(valid, jax.lax.rsqrt(norm), 0)
@@ -393,7 +404,7 @@ def _wedge(u_ref, q_ref, p_ref):
 
 
 def _forward_kernel(
-  z_ref, reach_ref, before_ref, w_ref, y_ref, rows_ref, u_refs, q_refs, p_refs, t_ref,
+  z_ref, reach_ref, before_ref, w_ref, y_ref, rows_ref, squares_ref, u_refs, q_refs, p_refs, t_ref,
   *, mean: _Mean, blocks: Blocks, count: int,
 ):  # fmt: skip
   """Projects the block before, whose vectors are kept, and makes the vectors of this one: the
@@ -403,46 +414,50 @@ def _forward_kernel(
   @pl.when(pl.program_id(1) % count == 0)
   def _():
     rows_ref[:, :halo] = before_ref[0]
+    _put_squares(rows_ref, squares_ref, 0, halo)
 
   rows_ref[:, halo:] = z_ref[0]
+  _put_squares(rows_ref, squares_ref, halo, halo + blocks.tokens)
   for first in range(0, blocks.tokens, LANES):
     chunk = first // LANES
     p_ref = p_refs[chunk % 2]
     _wedge(u_refs[chunk], q_refs[chunk], p_ref)
     for row in range(0, pairs, LANES):
       t_ref[pl.ds(first, LANES), pl.ds(row, LANES)] = p_ref[pl.ds(row, LANES)].T
-    behind = first + LANES
-    if behind % blocks.group == 0:
+    if (behind := first + LANES) % blocks.group == 0:
       group = pl.ds(behind - blocks.group, blocks.group)
       t = t_ref[group].astype(w_ref.dtype)
       for columns in itertools.starmap(pl.ds, blocks.column_groups):
         y_ref[0, group, columns] = dot(t, w_ref[:, columns], (1, 0)).astype(y_ref.dtype)
   for first in range(0, blocks.tokens, LANES):
-    chunk = first // LANES
-    x = _directions(rows_ref, halo + first, reach_ref[0, :, pl.ds(first, LANES)], mean)
+    chunk, here, place = first // LANES, pl.ds(first, LANES), halo + first
+    x = _directions(rows_ref, squares_ref, place, reach_ref[0, :, here], mean)
     _keep(x, u_refs[chunk], q_refs[chunk])
-  rows_ref[:, :halo] = rows_ref[:, blocks.tokens :]
+  for ref in (rows_ref, squares_ref):
+    ref[:, :halo] = ref[:, blocks.tokens :]
 
 
 def _backward_kernel(
   z_ref, z_before_refs, reach_ref, before_ref, w_ref, dy_ref, dz_ref, dbefore_ref, dweight_ref,
-  rows_ref, pending_ref, u_refs, q_refs, p_refs, terms_refs, operand_ref, clean_ref, dp_refs,
+  rows_ref, squares_ref, pending_ref, u_refs, q_refs, p_refs, terms_refs, operand_ref, clean_ref,
+  dp_refs,
   *, mean: _Mean, blocks: Blocks, sizes: Sizes,
 ):  # fmt: skip
-  """pending_ref holds dz of this block's tokens and of those before it, as far as it is known;
-  clean_ref dy without what stands where tokens have no partners."""
+  """pending_ref holds what is known of dz of this block's tokens and of those before it, clean_ref
+  dy without what stands where tokens have no partners."""
   halo, tokens, step = sizes.halo, blocks.tokens, pl.program_id(2)
   _start(pending_ref, dweight_ref, halo, tokens)
   _put_rows(rows_ref, z_ref, z_before_refs, before_ref, tokens)
+  _put_squares(rows_ref, squares_ref, 0, halo + tokens)
 
   for start in range(tokens - blocks.group, -1, -blocks.group):
     group = pl.ds(start, blocks.group)
     chunks = range(start + blocks.group - LANES, start - 1, -LANES)
     found = {}
     for first in chunks:
-      turn, here = first // LANES % 2, pl.ds(first, LANES)
-      x = _directions(rows_ref, halo + first, reach_ref[0, :, here], mean, terms_refs[turn])
-      found[first] = x
+      turn, here, place = first // LANES % 2, pl.ds(first, LANES), halo + first
+      at = rows_ref, squares_ref, place, reach_ref[0, :, here]
+      x = found[first] = _directions(*at, mean, terms_refs[turn])
       _keep(x, u_refs[turn], q_refs[turn])
       _wedge(u_refs[turn], q_refs[turn], p_refs[turn])
       operand_ref[:, here] = p_refs[turn][...].astype(operand_ref.dtype)
@@ -547,9 +562,8 @@ def _pull(x: _Directions, du, dq, terms_ref, pending_ref, first: int, mean: _Mea
   that, all by r of length at most 1, whatever N' is; N' has its part in |v| and, by the floor, in
   |z_t|. û.g is 0 but for rounding, which 1 / N' may be large for.
   """
-  channels = terms_ref.shape[0] // len(mean.offsets)
+  channels, received = terms_ref.shape[0] // len(mean.offsets), {}
   g = (dq - _sum_channels(x.u * dq) * x.u) * x.share
-  received = {}
 
   def receive(place, value):
     received[place] = received[place] + value if place in received else value
@@ -578,10 +592,9 @@ def _pull(x: _Directions, du, dq, terms_ref, pending_ref, first: int, mean: _Mea
 def _send(receive: Callable, dv, offset: int):
   """dv to the tokens `offset` before, which stand in one or two blocks of 128."""
   whole, offset = divmod(offset, LANES)
-  if offset == 0:
-    receive(whole, dv)
-    return
+  if not offset:
+    return receive(whole, dv)
   lane = jax.lax.broadcasted_iota(jnp.int32, dv.shape, 1)
   dv = pltpu.roll(dv, LANES - offset, 1)
   receive(whole, jnp.where(lane < LANES - offset, dv, 0))
-  receive(whole + 1, jnp.where(lane >= LANES - offset, dv, 0))
+  return receive(whole + 1, jnp.where(lane >= LANES - offset, dv, 0))
