@@ -36,7 +36,10 @@ examples:
   python launch/benchmark.py trainer --gin_file configs/runs/quickstart.gin
   python launch/benchmark.py decode --tokens 2000"""
 
-OPS = ("linear_attention", "delta_rule", "short_convolution", "attention", "grassmann")
+OPS = (
+  "linear_attention", "delta_rule", "short_convolution", "long_convolution", "attention",
+  "grassmann",
+)  # fmt: skip
 # A result may be off by this many units in the last place of its dtype, as a fraction of its RMS:
 # what the sums of a few thousand products leave. Beyond it something is wrong, not rounded.
 ALLOWED_UNITS = 64

@@ -140,7 +140,7 @@ def op_function(op: str) -> Callable:
 
 
 def op_names() -> tuple[str, ...]:
-  """The ops that have kernels."""
+  """The ops that have kernels, or are to have them."""
   folders = pkgutil.iter_modules(pallas_kernels.__path__)
   return tuple(folder.name for folder in folders if folder.ispkg)
 

@@ -11,6 +11,7 @@ import pytest
 
 from jaxmix import ops
 from jaxmix.ops import circular
+from pallas_kernels.long_convolution.cases import CASES
 
 TOLERANCE = 1e-10  # that of the golden folder for float64
 LENGTHS = (*range(1, 34), 61, 97, 128, 200)  # the last three by transforms
@@ -83,19 +84,10 @@ def test_definition(length, float64, close):
   close(ops.long_convolution(**arrays)[0], arrays["post_gate"] * expected, tolerance=1e-12)
 
 
-IDS = [  # padding in front, inside, between, behind; documents of one token
-  [0, 0, 3, 3, 3, 0, 3, 3, 5, 5, 0, 0, 2, 2, 2, 2, 2, 9, 4, 4, 4, 0],
-  [1] * 15 + [2] * 7,
-]
-
-
-@pytest.mark.parametrize("taps", [5, 22, 40])
-@pytest.mark.parametrize("full", [False, True], ids=["causal", "full"])
-@pytest.mark.parametrize("repeat", [1, 4], ids=["product", "transform"])
-def test_packed(taps, full, repeat, float64, close):
-  """Values and gradients in packed rows, with filters shorter and longer than they are."""
-  ids = np.repeat(np.array(IDS, np.int32), repeat, axis=1)
-  arrays = inputs(length=ids.shape[1], taps=taps, full=full)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_packed(case, float64, close):
+  """Values and gradients, in packed rows, with filters shorter and longer than they are."""
+  arrays, ids = case.inputs(), case.segment_ids()
   dy = np.random.default_rng(1).normal(size=arrays["u"].shape)
   found, expected = (everything(arrays, ids, dy, name) for name in ("xla", "reference"))
   close(found, expected, tolerance=1e-12)
@@ -118,7 +110,8 @@ def test_stream(taps, float64, close):
 
 def test_stream_of_documents(float64, close):
   """Pieces of packed rows, each its own way; then tokens, in one row of which some are padding."""
-  ids = np.array([IDS[0] + [4] * 18, IDS[1] + [2, 0] * 9], np.int32)
+  packed = next(case for case in CASES if case.name == "many_taps").segment_ids()
+  ids = np.concatenate([packed, [[4] * 18, [2, 0] * 9]], 1).astype(np.int32)
   arrays = inputs(length=40, taps=30)
   expected, _ = run(arrays, None, ids, "reference")
   state, found = ops.convolution_state(2, 30, 3, jnp.float64), []
