@@ -20,6 +20,9 @@ PARAMETERS = {
   "corpus_gla_1b": 1_337_368_576,
   "corpus_kda_1b": 1_362_795_904,
   "corpus_mamba2_1b": 1_343_693_824,
+  "corpus_bert_110m": 109_219_386,
+  "corpus_monarch_bert_80m": 80_267_328 + 12 * 2 * 768 - 6 * 769,
+  "corpus_monarch_gpt_360m": 367_313_024,
   # The Transformers and Grassmann models of arXiv 2512.19428, to the last parameter.
   "wikitext2_attention_17m": 17_356_800,
   "wikitext2_grassmann_13m": 13_001_920,
@@ -48,15 +51,23 @@ PARAMETERS = {
   "wikitext2_retnet_small": 12_578_944,
   "wikitext2_simple_gla_small": 12_585_088,
 }
-OTHER_SIZES = {  # model file in place of the one of the run corpus_<mixer>_1b
-  "gated_deltanet_340m": 365_815_292,
-  "gated_deltanet_7b": 6_816_258_720,
-  "gla_340m": 360_402_944,
-  "gla_7b": 6_685_343_744,
-  "kda_340m": 372_921_536,
-  "kda_7b": 6_755_267_584,
-  "mamba2_340m": 368_314_880,
-  "mamba2_7b": 7_222_820_864,
+TEXT, BERT = {"vocab_size": 50_257}, {"vocab_size": 30_522}
+IMAGES = {"image_shape": (224, 224, 3), "classes": 1_000}
+OTHER_SIZES = {  # model file -> the run in the place of whose model it stands, sizes, parameters
+  "gated_deltanet_340m": ("corpus_gated_deltanet_1b", TEXT, 365_815_292),
+  "gated_deltanet_7b": ("corpus_gated_deltanet_1b", TEXT, 6_816_258_720),
+  "gla_340m": ("corpus_gla_1b", TEXT, 360_402_944),
+  "gla_7b": ("corpus_gla_1b", TEXT, 6_685_343_744),
+  "kda_340m": ("corpus_kda_1b", TEXT, 372_921_536),
+  "kda_7b": ("corpus_kda_1b", TEXT, 6_755_267_584),
+  "mamba2_340m": ("corpus_mamba2_1b", TEXT, 368_314_880),
+  "mamba2_7b": ("corpus_mamba2_1b", TEXT, 7_222_820_864),
+  "monarch_bert_110m": ("corpus_monarch_bert_80m", BERT, 115_583_616 - 6 * 961),
+  "monarch_bert_260m": ("corpus_monarch_bert_80m", BERT, 259_133_760 - 6 * 1_537),
+  "monarch_bert_341m": ("corpus_monarch_bert_80m", BERT, 341_038_144 - 6 * 1_793),
+  "monarch_gpt_125m": ("corpus_monarch_gpt_360m", TEXT, 128_281_920),
+  "monarch_vit_b": ("cifar_monarch", IMAGES, 47_176_216),
+  "monarch_vit_s": ("cifar_monarch", IMAGES, 13_261_720),
 }
 
 
@@ -85,12 +96,11 @@ def test_run_builds_and_lowers(load, path):
 @pytest.mark.parametrize("name", OTHER_SIZES)
 def test_other_sizes(name):
   """A model file given after a run file takes the place of its model."""
-  run_file = CONFIGS / "runs" / f"corpus_{name.rsplit('_', 1)[0]}_1b.gin"
-  model_file = CONFIGS / "models" / f"{name}.gin"
-  run = configuration.load([run_file, model_file], root=train, supplied=SUPPLIED)
-  model = functools.partial(run.value("model"), vocab_size=50_257)
-  _, parameters, _ = abstract_parameters(model)
-  assert sum(x.size for x in jax.tree.leaves(parameters)) == OTHER_SIZES[name]
+  run, sizes, count = OTHER_SIZES[name]
+  files = [CONFIGS / "runs" / f"{run}.gin", CONFIGS / "models" / f"{name}.gin"]
+  model = configuration.load(files, root=train, supplied=SUPPLIED).value("model")
+  _, parameters, _ = abstract_parameters(functools.partial(model, **sizes))
+  assert sum(x.size for x in jax.tree.leaves(parameters)) == count
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
