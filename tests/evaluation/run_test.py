@@ -69,7 +69,7 @@ def test_a_stream_that_is_longer_than_the_cache_is_refused(data):
   assert np.isfinite(streams(batch_size=3)["loss"])  # 67 targets a stream, in 5 rows
   with pytest.raises(
     ValueError,
-    match=r"split 'validation' as 2 streams with carried state: 112 tokens, but the attention of "
+    match=r"split 'validation' as 2 streams with carried state: 112 tokens, but the Attention of "
     r"this model has a cache for 80 — expected at most 80 — use a larger batch_size, which makes "
     r"the streams shorter, or set Attention.max_length = 112",
   ):
