@@ -55,7 +55,7 @@ def test_full_visibility_has_no_state():
 
 def test_every_mixer_has_a_name():
   assert {name.replace("_", "") for name in MIXERS} == {
-    mixer.__name__.lower() for mixer in MIXERS.values()
+    mixer.__name__.lower().removesuffix("mixer") for mixer in MIXERS.values()
   }
 
 
