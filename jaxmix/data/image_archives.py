@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
       "resize them"
     )
   labels = [classes.index(name.parent.name) for name in names]
-  return np.stack(images), np.array(labels, np.uint8), classes
+  return np.stack(images), np.array(labels, np.int32), classes
 
 
 def _decoded(path: Path, name: PurePosixPath, data: bytes) -> np.ndarray:

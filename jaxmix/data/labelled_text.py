@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmix.data.checks import check_integer
 from jaxmix.data.files import PathOrPaths
 from jaxmix.data.packing import Row
 from jaxmix.data.text_tables import TextTables, lines
@@ -53,6 +54,8 @@ class LabelledText(TextTables):
     splits = {"train": train, "validation": validation, "test": test}
     super().__init__(splits, tokenizer=tokenizer, length=length, labels=labels)
     self._columns = [text, label] if second is None else [text, label, second]
+    # A row begins, and each text has a token and its end.
+    check_integer("length", length, minimum=1 + 2 * (len(self._columns) - 1))
     if len({type(column) for column in self._columns}) > 1:
       raise ValueError(
         f"LabelledText: columns {self._columns}, expected all by name or all by number; a table "

@@ -82,6 +82,7 @@ def test_longer_text_is_cut_first(tmp_path):
   ("x\ty\na\t1\n", {"text": "x", "label": "z"}, "columns are x, y — expected z among them"),
   ("x\ty\n", {"text": "x", "label": "y"}, "holds no examples"),
   ("a\udcff\t1\n", {}, "byte 1 is not UTF-8"),
+  ("a\t1\tb\n", {"second": 2, "length": 4}, "length=4 — expected a whole number of at least 5"),
   ("a\t1\n", {"text": "x"}, "expected all by name or all by number"),
 ])  # fmt: skip
 def test_errors(tmp_path, content, options, message):
