@@ -31,14 +31,16 @@ def convolve(g, kernel, reverse_kernel, documents):
   Returns:
     [B, T, D].
   """
-  length = g.shape[1]
+  return _convolve(g, filters(kernel, reverse_kernel, g.shape[1]), documents)
+
+
+def filters(kernel, reverse_kernel, length: int, size: int | None = None):
+  """One filter c [D, N] of both for rows of that length; N is `size`, or of fast transforms."""
   later = 0 if reverse_kernel is None else min(reverse_kernel.shape[1], length - 1)
   kernel = kernel[:, :length]
-  size = smooth(length + max(kernel.shape[1] - 1, later))
+  size = size or smooth(length + max(kernel.shape[1] - 1, later))
   c = jnp.pad(kernel, ((0, 0), (0, size - kernel.shape[1] - later)))
-  if later:
-    c = jnp.concatenate([c, reverse_kernel[:, later - 1 :: -1]], 1)
-  return _convolve(g, c, documents)
+  return jnp.concatenate([c, reverse_kernel[:, later - 1 :: -1]], 1) if later else c
 
 
 def smooth(size: int) -> int:
@@ -85,18 +87,18 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 def _forward(g, c, documents):
   short = g.shape[1] <= SHORT
   form = functools.partial(_by_product if short else _by_transform, c=c)
-  return _each_document(documents, form, g)
+  return each_document(documents, form, g)
 
 
 def _backward(g, c, documents, dy):
   """dg, and dc [1, D, N] of all rows of this device."""
   short = g.shape[1] <= SHORT
   form = functools.partial(_by_product_backward if short else _by_transform_backward, c=c)
-  dg, dc = _each_document(documents, form, g, dy)
+  dg, dc = each_document(documents, form, g, dy)
   return dg, dc[None]
 
 
-def _each_document(documents, function, *arrays):
+def each_document(documents, function, *arrays):
   """The sum of function(*arrays) over documents, with zeros outside of each, where only its own
   tokens count of results [B, T, D]."""
   if documents is None:

@@ -1,0 +1,162 @@
+"""Gated convolution of rows with filters as long as they are: by the kernels, and around the form
+that XLA compiles, `jaxmix.ops.circular`.
+
+The kernels take rows from their start, of one document. Rows of several are walked once for each,
+as in the other form.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxmix import sharding
+from jaxmix.ops import circular
+from jaxmix.ops import implementation as implementations
+from jaxmix.ops.segments import document_indices, over_padding
+from pallas_kernels.long_convolution import reference, tpu
+
+# Logical axes: rows [B, T, D], filters [D, N], skip [D], documents [B, T]; and of the gradients of
+# filters and skip.
+ROWS = ("batch", None, "mlp")
+ARRAYS = (ROWS, ("mlp", None), ("mlp",), ROWS, ROWS, ("batch", None))
+PARTS = (("batch", "mlp", None), ("batch", "mlp"))
+
+
+def gated_convolution(
+  u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids, implementation
+):
+  """The sum of `jaxmix.ops.long_convolution`, which documents the arguments.
+
+  Args:
+    kernel: [D, lags], as many lags as a row can reach.
+    before: [B, M, D], gated inputs of the first document before the row; None means none.
+  Returns:
+    y: [B, T, D] in the dtype of u; anything at padding.
+  Raises:
+    ValueError: `implementation` is unknown or cannot run this call.
+  """
+  refusal = tpu.refusal(u, pre_gate, post_gate)
+  if before is not None:
+    refusal = "the state of a stream comes before the row"
+  elif implementation is None and u.shape[1] <= circular.SHORT:
+    refusal = refusal or f"length {u.shape[1]} is not above {circular.SHORT}"
+  return implementations.run(
+    "long_convolution",
+    implementation,
+    (u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids),
+    functions={
+      "reference": functools.partial(_around, _by_definition),
+      "xla": functools.partial(_around, _by_xla),
+      "tpu": _by_tpu,
+    },
+    refusals={} if refusal is None else {"tpu": refusal},
+  )
+
+
+def gated(u, gate):
+  """u behind a gate, or without one, in float32 at least."""
+  dtype = jnp.promote_types(u.dtype, jnp.float32)
+  return u.astype(dtype) if gate is None else u.astype(dtype) * gate.astype(dtype)
+
+
+def with_skip(y, g, skip, post_gate):
+  """post_gate * (y + skip * g)."""
+  return gated(y if skip is None else y + skip.astype(y.dtype) * g, post_gate)
+
+
+def documents_of(segment_ids):
+  """The number of the document of each token, -1 at padding."""
+  if segment_ids is None:
+    return None
+  return jnp.where(segment_ids != 0, document_indices(segment_ids), -1)
+
+
+def _around(convolve, u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids):
+  """A form of the convolution alone, with what stands around it."""
+  g = gated(u, pre_gate)
+  y = convolve(g, kernel, reverse_kernel, before, segment_ids)
+  return with_skip(y, g, skip, post_gate).astype(u.dtype)
+
+
+def _by_definition(g, kernel, reverse_kernel, before, segment_ids):
+  if segment_ids is None:
+    segment_ids = jnp.ones(g.shape[:2], jnp.int32)
+  if before is None:
+    before = jnp.zeros((g.shape[0], kernel.shape[1] - 1, g.shape[2]), g.dtype)
+  before = before[:, before.shape[1] - (kernel.shape[1] - 1) :]
+  return reference.long_convolution(g, kernel, reverse_kernel, before, segment_ids)
+
+
+def _by_xla(g, kernel, reverse_kernel, before, segment_ids):
+  def form(segment_ids, g):
+    documents = documents_of(segment_ids)
+    if before is None:
+      return circular.convolve(g, kernel, reverse_kernel, documents)
+    earlier = before.shape[1]
+    if documents is not None:
+      documents = jnp.pad(documents, ((0, 0), (earlier, 0)))
+    rows = jnp.concatenate([before, g], 1)
+    return circular.convolve(rows, kernel, None, documents)[:, earlier:]
+
+  return over_padding(form, segment_ids, g)
+
+
+def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids):
+  assert before is None  # is refused
+  c = circular.filters(kernel, reverse_kernel, u.shape[1], tpu.Sizes.of(u.shape[1]).points)
+  skip = jnp.zeros(u.shape[2]) if skip is None else skip
+
+  def form(segment_ids, *rows):
+    gates = iter(rows[1:])
+    pre, post = (None if gate is None else next(gates) for gate in (pre_gate, post_gate))
+    return _fused(rows[0], c, skip.astype(c.dtype), pre, post, documents_of(segment_ids))
+
+  rows = (x for x in (u, pre_gate, post_gate) if x is not None)
+  return over_padding(form, segment_ids, *rows)
+
+
+@jax.custom_vjp
+def _fused(u, c, skip, pre_gate, post_gate, documents):
+  run = sharding.shard_kernel(_forward, ARRAYS, ROWS)
+  return run(u, c, skip, pre_gate, post_gate, documents)
+
+
+def _fused_forward(*arrays):
+  # Spectra of rows never leave the chip: they are made again in the backward pass.
+  return _fused(*arrays), arrays
+
+
+def _fused_backward(arrays, dy):
+  _, _, _, pre_gate, post_gate, _ = arrays
+  gates = [None if gate is None else ROWS for gate in (pre_gate, post_gate)]
+  run = sharding.shard_kernel(_backward, (*ARRAYS, ROWS), (ROWS, *PARTS, *gates))
+  du, dc, dskip, dpre, dpost = run(*arrays, dy)
+  return du, dc.sum(0), dskip.sum(0), dpre, dpost, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _forward(u, c, skip, pre_gate, post_gate, documents):
+  spectrum = tpu.spectrum(c, tpu.Sizes.of(u.shape[1]))
+
+  def form(u):
+    return tpu.forward(u, spectrum, skip, pre_gate, post_gate)
+
+  return circular.each_document(documents, form, u)
+
+
+def _backward(u, c, skip, pre_gate, post_gate, documents, dy):
+  """Gradients, those of filters and skip behind an axis of one, for each device's rows."""
+  spectrum, pull = jax.vjp(lambda c: tpu.spectrum(c, tpu.Sizes.of(u.shape[1])), c)
+
+  def form(u, dy):
+    du, dspectrum, *others = tpu.backward(u, spectrum, skip, pre_gate, post_gate, dy)
+    return du, dspectrum.reshape(-1), *others  # flat, since it has no rows
+
+  du, dspectrum, dskip, dpre, dpost = circular.each_document(documents, form, u, dy)
+  (dc,) = pull(dspectrum.reshape(spectrum.shape))
+  return du, dc[None], dskip[None], dpre, dpost

@@ -1,0 +1,164 @@
+"""The kernels of the long convolution: their values in interpret mode, and where programs hold
+them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxmix import ops, sharding
+from pallas_kernels.long_convolution import tpu
+from pallas_kernels.long_convolution.cases import LONG_PACKED, Case
+
+CASES = {
+  case.name: case
+  for case in (
+    Case("causal", 3, 300, 130),
+    Case("full", 2, 512, 128, full=True),
+    Case("packed", 2, 88, 3, segments=LONG_PACKED),
+    Case("packed_full", 2, 88, 3, taps=120, full=True, segments=LONG_PACKED),
+  )
+}
+ROWS = ("u", "pre_gate", "post_gate")
+# Three products of bfloat16 parts leave out low x low, 2^-16 of a value at most.
+UNITS = {"float32": 1, "bfloat16": 2 ** (24 - 16)}
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def by_op(arrays, dy, segment_ids, *, implementation):
+  """y, and the gradients with respect to every array."""
+
+  def run(arrays):
+    return ops.long_convolution(**arrays, segment_ids=segment_ids, implementation=implementation)[0]
+
+  y, pull = jax.vjp(run, arrays)
+  return {"y": y, **pull(dy)[0]}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The op's kernels run their programs on the CPU, with memory for every case."""
+  monkeypatch.setattr(tpu, "SMALLEST_VMEM", 2**27)
+  for name in ("forward", "backward"):
+    monkeypatch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=True))
+
+
+def inputs_of(case, dtype):
+  """The arrays of a case, and a cotangent of y; NaN at padding."""
+  arrays, ids = case.inputs(), case.segment_ids()
+  dy = case.inputs(seed=1)["u"]
+  if ids is not None:
+    for name in ROWS:
+      arrays[name][ids == 0] = np.nan
+    dy[ids == 0] = 0
+  cast = {name: np.asarray(x, dtype if name in ROWS else np.float32) for name, x in arrays.items()}
+  return cast, np.asarray(dy, dtype)
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype", "without"),
+  [
+    ("causal", np.float32, ()),
+    ("causal", jnp.bfloat16, ("skip", "post_gate")),
+    ("full", np.float32, ("pre_gate",)),
+    ("packed", np.float32, ()),
+    ("packed_full", jnp.bfloat16, ()),
+  ],
+)
+def test_definition(name, dtype, without, interpreted, no_worse):
+  """In interpret mode the kernels are as near to the definition in float64 as the form by XLA's
+  transforms is, within a factor of two; what stands at padding is inert."""
+  case = CASES[name]
+  arrays, dy = inputs_of(case, dtype)
+  arrays = {name: x for name, x in arrays.items() if name not in without}
+  run = functools.partial(by_op, segment_ids=case.segment_ids())
+  found, by_xla = (run(arrays, dy, implementation=each) for each in ("tpu", "xla"))
+  with jax.enable_x64(True):
+    double = lambda x: np.nan_to_num(np.asarray(x, np.float64))  # noqa: E731
+    exact = run(*jax.tree.map(double, (arrays, dy)), implementation="xla")
+  no_worse(found, by_xla, exact, name, units=UNITS[jnp.dtype(dtype).name])
+
+
+def test_only_what_is_there_is_read():
+  """The kernels read nothing outside their arrays and nothing that is not written before: NaN there
+  changes no value."""
+  case = CASES["causal"]
+  arrays, dy = inputs_of(case, np.float32)
+  sizes = tpu.Sizes.of(case.length)
+  c = jnp.pad(arrays["kernel"], ((0, 0), (0, sizes.points - case.length)))
+  rows = [arrays[name] for name in ROWS]
+
+  @functools.partial(jax.jit, static_argnames="interpret")
+  def run(rows, skip, dy, interpret):
+    u, *gates = rows
+    given = (u, tpu.spectrum(c, sizes), skip, *gates)
+    return tpu.forward(*given, interpret=interpret), tpu.backward(*given, dy, interpret=interpret)
+
+  strict = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
+  found, expected = (run(rows, arrays["skip"], dy, interpret) for interpret in (strict, True))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_op_on_a_mesh(interpreted, close, rounding):
+  """The op by its kernels, with batch and channels cut over 8 devices, is the form by transforms on
+  one."""
+  case = CASES["packed"]
+  twice = lambda x: np.concatenate([x, x])  # noqa: E731 — 4 rows, for 4 devices
+  arrays, dy = inputs_of(case, np.float32)
+  arrays = {name: twice(x) if name in ROWS else x for name, x in arrays.items()}
+  # Four channels, for 2 devices.
+  arrays = {
+    name: np.concatenate([x, x[..., :1] if x.ndim != 2 else x[:1]], -1 if x.ndim != 2 else 0)
+    for name, x in arrays.items()
+  }
+  dy, ids = twice(np.concatenate([dy, dy[..., :1]], -1)), twice(case.segment_ids())
+  expected = by_op(arrays, dy, ids, implementation="xla")
+  with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
+    found = by_op(arrays, dy, ids, implementation="tpu")
+  close(found, expected, tolerance=rounding(jnp.float32, 4 * case.length))
+  assert tuple(found["y"].sharding.spec) == ("data", None, "tensor")
+
+
+@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False)])
+def test_chosen_when_lowered(platform, holds):
+  """implementation=None gives the kernels to programs lowered for TPU, and none to those for a
+  CPU."""
+  u, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 256, 128), (128, 256)))
+
+  def loss(u, kernel):
+    return ops.long_convolution(u, kernel)[0].sum()
+
+  traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(u, kernel)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ("long_convolution_forward" in text) == holds
+  assert ("long_convolution_backward" in text) == holds
+
+
+def test_refusals():
+  """A call that the kernels do not take is left to the form by transforms unless they are
+  demanded."""
+
+  def run(u, kernel, implementation=None, **arrays):
+    return ops.long_convolution(u, kernel, implementation=implementation, **arrays)
+
+  def shaped(length, dtype=jnp.float32):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, length, 8), (8, length))]
+
+  (line,) = ops.explain_implementation(run, *shaped(64))
+  assert "elsewhere -> xla" in line and "tpu: length 64 is not above 64" in line
+  state = jax.eval_shape(lambda: ops.convolution_state(1, 128, 8))
+  gate = jax.ShapeDtypeStruct((1, 128, 8), jnp.bfloat16)
+  for arrays, more, text in (
+    (shaped(128, jnp.float16), {}, "u is float16"),
+    (shaped(128), {"pre_gate": gate}, "a gate is bfloat16 and u float32"),
+    (shaped(128), {"state": state}, "the state of a stream comes before the row"),
+    (shaped(65536), {}, "65536 tokens need"),
+  ):
+    with pytest.raises(ValueError, match=text):
+      jax.eval_shape(functools.partial(run, implementation="tpu"), *arrays, **more)
