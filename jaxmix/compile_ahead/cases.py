@@ -20,6 +20,7 @@ import pallas_kernels
 from jaxmix import ops
 from jaxmix.compile_ahead.process import Task
 from jaxmix.compile_ahead.targets import Target
+from pallas_kernels.long_convolution import tpu as transform
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
@@ -47,6 +48,15 @@ class CaseProgram:
     """Of the arrays of the case."""
     return find_case(self.op, self.case).shapes()
 
+  @property
+  def attention_shape(self) -> tuple[int, ...] | None:
+    """[B, T, H, K] of the attention that stands beside the op: of q; or of heads of 64 in the width
+    of a long convolution. None where there is none."""
+    if self.op == "long_convolution":
+      *rows, channels = self.shapes["u"]
+      return (*rows, channels // 64, 64)
+    return self.shapes.get("q")
+
   def program(self, chip: Target) -> tuple[Callable, tuple[Any, ...]]:
     """(function, abstract arguments), the cotangent of y last where it runs backward."""
     function, arrays = self._parts(chip)
@@ -64,7 +74,7 @@ class CaseProgram:
   def _parts(self, chip: Target) -> tuple[Callable, dict]:
     """The op forward, and its abstract arrays."""
     if self.implementation == BASELINE:
-      return _baseline(self.shapes["q"], self.dtype, chip)
+      return _baseline(self.attention_shape, self.dtype, chip)
     return self._op()
 
   def least_seconds(self, chip: Target) -> float:
@@ -91,10 +101,13 @@ class CaseProgram:
     """Of the definition, forward, a multiply-add counted as two."""
     shapes = self.shapes
     if self.op == "attention" or self.implementation == BASELINE:
-      batch, length, heads, key_dim = shapes["q"]
-      return 2 * batch * heads * length * (length + 1) // 2 * (key_dim + shapes["v"][-1])
+      batch, length, heads, key_dim = self.attention_shape
+      value_dim = shapes["v"][-1] if "v" in shapes else key_dim
+      return 2 * batch * heads * length * (length + 1) // 2 * (key_dim + value_dim)
     if self.op == "grassmann":
       return 2 * math.prod(shapes["z"][:2]) * math.prod(shapes["weight"])
+    if self.op == "long_convolution":
+      return transform.matmul_flops(shapes["u"], self.dtype)
     if self.op not in ("linear_attention", "delta_rule"):
       return 0
     batch, length, states, value_dim = shapes["v"]
@@ -215,7 +228,7 @@ def case_programs(
   programs = []
   for case in chosen:
     beside = ("xla",) if case.name in benchmarks else ()
-    if beside and "q" in case.shapes():
+    if beside and CaseProgram(op, case.name, "forward", BASELINE, dtype).attention_shape:
       beside = (*beside, BASELINE)
     for implementation in (*([kernel] if has_kernel else []), *beside):
       for direction in DIRECTIONS:
@@ -232,7 +245,7 @@ def baselines_once(
   found, known = [], set()
   for case, chip in programs:
     if case.implementation == BASELINE:
-      what = (chip.name, case.shapes["q"], case.direction, case.dtype)
+      what = (chip.name, case.attention_shape, case.direction, case.dtype)
       if what in known:
         continue
       known.add(what)

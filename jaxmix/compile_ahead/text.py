@@ -180,6 +180,7 @@ def case_rows(case: CaseProgram, report: Report) -> list[dict]:
     "direction": case.direction,
     "implementation": case.implementation,
     "shapes": {name: list(shape) for name, shape in case.shapes.items()},
+    "attention_shape": case.attention_shape,
     "dtype": case.dtype,
     "target": report.target,
     "versions": report.versions,
@@ -213,9 +214,9 @@ def compare_with_attention(rows: Sequence[dict]) -> None:
   same rows, where it is among them: "attention_ratio"."""
 
   def compared(row: dict) -> tuple:
-    return row["target"], row["direction"], row["dtype"], tuple(row["shapes"]["q"])
+    return row["target"], row["direction"], row["dtype"], row["attention_shape"]
 
-  programs = [row for row in rows if "op_limit_us" in row and "q" in row["shapes"]]
+  programs = [row for row in rows if "op_limit_us" in row and row["attention_shape"]]
   times = {
     compared(row): row["predicted_us"] for row in programs if row["implementation"] == BASELINE
   }
