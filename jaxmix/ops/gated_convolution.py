@@ -16,7 +16,8 @@ from jaxmix import sharding
 from jaxmix.ops import circular
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops.segments import document_indices, over_padding
-from pallas_kernels.long_convolution import reference, tpu
+from pallas_kernels.long_convolution import blocks as kernels
+from pallas_kernels.long_convolution import reference
 
 # Logical axes: rows [B, T, D], filters [D, N], skip [D], documents [B, T]; and of the gradients of
 # filters and skip.
@@ -38,7 +39,7 @@ def gated_convolution(
   Raises:
     ValueError: `implementation` is unknown or cannot run this call.
   """
-  refusal = tpu.refusal(u, pre_gate, post_gate)
+  refusal = kernels.refusal(u, pre_gate, post_gate)
   if before is not None:
     refusal = "the state of a stream comes before the row"
   elif implementation is None and u.shape[1] <= circular.SHORT:
@@ -106,33 +107,38 @@ def _by_xla(g, kernel, reverse_kernel, before, segment_ids):
 
 def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids):
   assert before is None  # is refused
-  c = circular.filters(kernel, reverse_kernel, u.shape[1], tpu.Sizes.of(u.shape[1]).points)
-  skip = jnp.zeros(u.shape[2]) if skip is None else skip
+  blocks = kernels.Blocks.of(u, pre_gate, post_gate, later=reverse_kernel is not None)
+  c = circular.filters(kernel, reverse_kernel, u.shape[1], blocks.points)
+  skip = jnp.zeros(u.shape[2], c.dtype) if skip is None else skip.astype(c.dtype)
 
   def form(segment_ids, *rows):
-    gates = iter(rows[1:])
+    u, *gates = rows
+    gates = iter(gates)
     pre, post = (None if gate is None else next(gates) for gate in (pre_gate, post_gate))
-    return _fused(rows[0], c, skip.astype(c.dtype), pre, post, documents_of(segment_ids))
+    return _fused(u, c, skip, pre, post, documents_of(segment_ids), blocks)
 
   rows = (x for x in (u, pre_gate, post_gate) if x is not None)
   return over_padding(form, segment_ids, *rows)
 
 
-@jax.custom_vjp
-def _fused(u, c, skip, pre_gate, post_gate, documents):
-  run = sharding.shard_kernel(_forward, ARRAYS, ROWS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _fused(u, c, skip, pre_gate, post_gate, documents, blocks):
+  run = sharding.shard_kernel(functools.partial(_forward, blocks), ARRAYS, ROWS)
   return run(u, c, skip, pre_gate, post_gate, documents)
 
 
-def _fused_forward(*arrays):
+def _fused_forward(*arguments):
   # Spectra of rows never leave the chip: they are made again in the backward pass.
-  return _fused(*arrays), arrays
+  *arrays, _ = arguments
+  return _fused(*arguments), arrays
 
 
-def _fused_backward(arrays, dy):
+def _fused_backward(blocks, arrays, dy):
   _, _, _, pre_gate, post_gate, _ = arrays
   gates = [None if gate is None else ROWS for gate in (pre_gate, post_gate)]
-  run = sharding.shard_kernel(_backward, (*ARRAYS, ROWS), (ROWS, *PARTS, *gates))
+  run = sharding.shard_kernel(
+    functools.partial(_backward, blocks), (*ARRAYS, ROWS), (ROWS, *PARTS, *gates)
+  )
   du, dc, dskip, dpre, dpost = run(*arrays, dy)
   return du, dc.sum(0), dskip.sum(0), dpre, dpost, None
 
@@ -140,23 +146,23 @@ def _fused_backward(arrays, dy):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _forward(u, c, skip, pre_gate, post_gate, documents):
-  spectrum = tpu.spectrum(c, tpu.Sizes.of(u.shape[1]))
+def _forward(blocks, u, c, skip, pre_gate, post_gate, documents):
+  spectra = kernels.spectra(c, blocks)
 
   def form(u):
-    return tpu.forward(u, spectrum, skip, pre_gate, post_gate)
+    return kernels.forward(u, spectra, skip, pre_gate, post_gate, blocks)
 
   return circular.each_document(documents, form, u)
 
 
-def _backward(u, c, skip, pre_gate, post_gate, documents, dy):
+def _backward(blocks, u, c, skip, pre_gate, post_gate, documents, dy):
   """Gradients, those of filters and skip behind an axis of one, for each device's rows."""
-  spectrum, pull = jax.vjp(lambda c: tpu.spectrum(c, tpu.Sizes.of(u.shape[1])), c)
+  spectra, pull = jax.vjp(functools.partial(kernels.spectra, blocks=blocks), c)
 
   def form(u, dy):
-    du, dspectrum, *others = tpu.backward(u, spectrum, skip, pre_gate, post_gate, dy)
-    return du, dspectrum.reshape(-1), *others  # flat, since it has no rows
+    du, dspectra, *others = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, blocks)
+    return du, jnp.stack(dspectra), *others
 
-  du, dspectrum, dskip, dpre, dpost = circular.each_document(documents, form, u, dy)
-  (dc,) = pull(dspectrum.reshape(spectrum.shape))
+  du, dspectra, dskip, dpre, dpost = circular.each_document(documents, form, u, dy)
+  (dc,) = pull(tuple(dspectra))
   return du, dc[None], dskip[None], dpre, dpost

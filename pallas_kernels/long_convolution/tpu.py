@@ -39,7 +39,6 @@ PARTS = {"bfloat16": 2, "float32": 3}  # dtype of rows -> bfloat16 parts of an o
 LANES = 128
 COLUMNS = 64  # with both parts of a complex number as deep as a matrix unit
 MULTIPLE = 8 * COLUMNS  # of tokens: n1 in whole registers
-SMALLEST_VMEM = 16 * 2**20  # of the smallest chip: what a program without a mesh is made for
 UNROLLED = 4  # products whose latencies the schedule lays side by side
 
 
@@ -67,20 +66,6 @@ class Sizes(NamedTuple):
   def points(self) -> int:
     """N."""
     return 2 * self.tokens
-
-
-def refusal(u, *gates) -> str | None:
-  """Why the kernels cannot run on u [B, T, D] with gates, some of which may be None; or None."""
-  gates = [gate for gate in gates if gate is not None]
-  if str(u.dtype) not in PARTS:
-    return f"u is {u.dtype}, expected float32 or bfloat16"
-  if unlike := [str(gate.dtype) for gate in gates if gate.dtype != u.dtype]:
-    return f"a gate is {unlike[0]} and u {u.dtype}"
-  vmem = pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else SMALLEST_VMEM
-  needed = vmem_bytes(Sizes.of(u.shape[1]), u.dtype.itemsize, len(gates))
-  if needed > vmem * 3 // 4:  # the compiler's own buffers take the rest
-    return f"{u.shape[1]} tokens need {needed >> 20} MiB of VMEM, and {vmem >> 20} are there"
-  return None
 
 
 def vmem_bytes(sizes: Sizes, itemsize: int, gates: int) -> int:
@@ -202,7 +187,7 @@ class _Windows:
       scratch_shapes=[[tokens] * (1 + sums), [complex_rows] * (1 + sums)],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=max(self.vmem * 9 // 8, SMALLEST_VMEM),
+        vmem_limit_bytes=max(self.vmem * 9 // 8, 2**24),
       ),
       cost_estimate=self._cost(len(rows) + outputs, 2 if sums else 1),
       name=f"long_convolution_{name}",
