@@ -69,7 +69,8 @@ def long_convolution(
     segment_ids: [B, T] int32; 0 marks padding, which nothing reads and whose output is 0. A mask
       of the tokens of a padded batch is such an array. The cost grows with the documents of a row.
     implementation: None, "reference", "xla" or "tpu" (a kernel a direction, of rows without a
-      state before them that fit on the chip: 4,096 tokens in bfloat16 on v5e).
+      state before them; of as many tokens as fit on the chip, 4,096 in bfloat16 on v5e, and of
+      longer rows a call for each distance of their blocks).
   Returns:
     y: [B, T, D] in the dtype of u;   state: None with a reverse kernel, or a dict of memory
     [B, max(L - 1, 1), D], the last inputs g of the row's last document, a ring by position;
@@ -80,8 +81,9 @@ def long_convolution(
       says why).
   Source: Fu et al. 2023 (arXiv 2310.12109), sections 3 and 4; Poli et al. 2023 (arXiv 2302.10866).
     Causality: rows of at most `jaxmix.ops.circular.SHORT` tokens are summed directly, and no output
-    changes with a later input. By transforms the rounding of float32, about 1e-7 of the row's
-    largest values, reaches all outputs. One in bfloat16 would leak 1e-3 and is not offered.
+    changes with a later input. By transforms rounding reaches all outputs: of float32, about 2e-7
+    of the row's largest values; by the TPU kernels on bfloat16 rows 4e-6, of operands in two parts.
+    Operands in one, plain bfloat16, would leak 3e-3 and are not offered.
     Cost O(T D log T) time, O(L D) state; of a token of a stream, O(D sqrt(L log L)).
   """
   _check(u, kernel, reverse_kernel, skip, pre_gate, post_gate, state, segment_ids)
