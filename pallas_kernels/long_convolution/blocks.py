@@ -63,35 +63,22 @@ class Blocks(NamedTuple):
     later = range(-1, -self.count, -1) if self.later else ()
     return (*range(self.count), *later)
 
-  def sources(self, x, distance: int):
-    """The blocks of x [B, T, D] that give something to those at a distance, as rows."""
-    return self._rows(x, max(-distance, 0), self.count - max(distance, 0))
-
-  def targets(self, x, distance: int):
-    """The blocks of x that get something from those at a distance."""
-    return self._rows(x, max(distance, 0), self.count + min(distance, 0))
-
-  def _rows(self, x, start: int, stop: int):
-    if x is None:
-      return None
-    batch, length, channels = x.shape
-    x = jnp.pad(x, ((0, 0), (0, self.count * self.sizes.tokens - length), (0, 0)))
-    blocks = x.reshape(batch, self.count, -1, channels)[:, start:stop]
-    return blocks.reshape(-1, *blocks.shape[2:])
+  def span(self, distance: int) -> tpu.Span:
+    """The blocks that have one at a distance, and those."""
+    return tpu.Span(max(-distance, 0), max(distance, 0), self.count - abs(distance))
 
 
 class _Sum:
-  """Of blocks, at the place of their rows in x [B, T, D]."""
+  """Of blocks of rows, at their places in x [B, T, D]."""
 
   def __init__(self, x, blocks: Blocks):
-    self.like, self.blocks, self.pieces = x, blocks, []
+    self.like, self.pieces = x, []
+    self.tokens, self.whole = blocks.sizes.tokens, blocks.count * blocks.sizes.tokens
 
   def add(self, rows, start: int) -> None:
-    batch, _, channels = self.like.shape
-    rows = rows.reshape(batch, -1, channels).astype(jnp.float32)
-    tokens, before = self.blocks.sizes.tokens, start * self.blocks.sizes.tokens
-    after = self.blocks.count * tokens - before - rows.shape[1]
-    self.pieces.append(jnp.pad(rows, ((0, 0), (before, after), (0, 0))))
+    before = start * self.tokens
+    after = self.whole - before - rows.shape[1]
+    self.pieces.append(jnp.pad(rows.astype(jnp.float32), ((0, 0), (before, after), (0, 0))))
 
   def total(self):
     """[B, T, D] in the dtype of x."""
@@ -125,35 +112,30 @@ def spectra(c, blocks: Blocks) -> tuple[jax.Array, ...]:
 def forward(u, spectra, skip, pre_gate, post_gate, blocks: Blocks):
   """y [B, T, D] of `tpu.forward`, with the `spectra` of `blocks`."""
   y = _Sum(u, blocks)
-  for distance, spectrum, skip_here in _calls(blocks, spectra, skip):
-    u_rows, pre = (blocks.sources(x, distance) for x in (u, pre_gate))
-    post = blocks.targets(post_gate, distance)
-    y.add(tpu.forward(u_rows, spectrum, skip_here, pre, post), max(distance, 0))
+  for span, spectrum, skip_here in _calls(blocks, spectra, skip):
+    y.add(tpu.forward(u, spectrum, skip_here, pre_gate, post_gate, span), span.target)
   return y.total()
 
 
 def backward(u, spectra, skip, pre_gate, post_gate, dy, blocks: Blocks):
   """The gradients of `tpu.backward`; for the spectrum there are those of `spectra`."""
-  arrays = (u, pre_gate, post_gate)
-  totals = [None if x is None else _Sum(x, blocks) for x in arrays]
-  dspectra, dskip = [], None
-  for distance, spectrum, skip_here in _calls(blocks, spectra, skip):
-    u_rows, pre = (blocks.sources(x, distance) for x in (u, pre_gate))
-    post, dy_rows = (blocks.targets(x, distance) for x in (post_gate, dy))
-    du, dspectrum, dskip_here, dpre, dpost = tpu.backward(
-      u_rows, spectrum, skip_here, pre, post, dy_rows
+  sums = [None if x is None else _Sum(x, blocks) for x in (u, pre_gate, post_gate)]
+  dspectra, dskips = [], []
+  for span, spectrum, skip_here in _calls(blocks, spectra, skip):
+    du, dspectrum, dskip, dpre, dpost = tpu.backward(
+      u, spectrum, skip_here, pre_gate, post_gate, dy, span
     )
     dspectra.append(dspectrum)
-    dskip = dskip_here if dskip is None else dskip  # the token itself is at distance 0
-    source, target = max(-distance, 0), max(distance, 0)
-    for total, rows, start in zip(totals, (du, dpre, dpost), (source, source, target), strict=True):
-      if total is not None:
-        total.add(rows, start)
-  du, dpre, dpost = (None if total is None else total.total() for total in totals)
-  return du, tuple(dspectra), dskip, dpre, dpost
+    dskips.append(dskip)
+    places = ((du, span.source), (dpre, span.source), (dpost, span.target))
+    for of, (rows, start) in zip(sums, places, strict=True):
+      if of is not None:
+        of.add(rows, start)
+  du, dpre, dpost = (None if of is None else of.total() for of in sums)
+  return du, tuple(dspectra), dskips[0], dpre, dpost  # the token itself is at distance 0
 
 
 def _calls(blocks: Blocks, spectra, skip) -> Iterator[tuple]:
-  """Distance, spectrum and skip of each call."""
+  """Span, spectrum and skip of each call."""
   for distance, spectrum in zip(blocks.distances, spectra, strict=True):
-    yield distance, spectrum, skip if distance == 0 else jnp.zeros_like(skip)
+    yield blocks.span(distance), spectrum, skip if distance == 0 else jnp.zeros_like(skip)

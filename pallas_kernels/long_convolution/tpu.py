@@ -1,10 +1,10 @@
 """Gated long convolution on TPU by Fourier transforms on the matrix units: one kernel a direction.
 
-Grid (D / 128, pairs of rows), the last axis in order: the spectrum of 128 channels' filters stays
-on the chip while all rows are walked, and so does the sum that becomes its gradient. Channels stand
-in lanes: a transform is products of constant matrices with rows of [tokens, 128], and no array is
-transposed. Two rows of a batch are one complex row: their convolutions are its real and imaginary
-part.
+Grid (D / 128, pairs of rows and their blocks), the last axis in order: the spectrum of 128
+channels' filters stays on the chip while all rows are walked, and so does the sum that becomes its
+gradient. Channels stand in lanes: a transform is products of constant matrices with rows of
+[tokens, 128], and no array is transposed. Two rows of a batch are one complex row: their
+convolutions are its real and imaginary part.
 
 A row of T = rows * COLUMNS tokens is filled up with as many zeros, N = 2 T. With token n = n1
 COLUMNS + n2 and frequency k = k1 + N1 k2, N1 = 2 rows, a transform is
@@ -26,6 +26,7 @@ Flops, a token and channel: forward 3 x 8 (N1 + 2 COLUMNS) / 2 or so, backward t
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -85,49 +86,59 @@ def spectrum(c, sizes: Sizes):
   return jnp.concatenate([x.real, x.imag], 1)
 
 
-def forward(u, spectrum, skip, pre_gate, post_gate, *, interpret=False):
-  """y = post_gate * (c * g + skip * g), g = pre_gate * u, c * g the convolution.
+class Span(NamedTuple):
+  """Blocks of rows, each as long as the transform: `count` from `source` on give to as many from
+  `target` on, one to one."""
+
+  source: int
+  target: int
+  count: int
+
+
+def forward(u, spectrum, skip, pre_gate, post_gate, span: Span, *, interpret=False):
+  """y = post_gate * (c * g + skip * g), g = pre_gate * u, c * g the convolution of a block.
 
   Args:
-    u: [B, T, D].   spectrum: of the filters, see there, for `Sizes.of(T)`.   skip: [D] float32.
+    u: [B, T, D].   spectrum: of the filters, see there.   skip: [D] float32.
     pre_gate, post_gate: [B, T, D] in the dtype of u, or None.
+    span: the blocks; u and pre_gate are read at the sources, post_gate at the targets.
     interpret: run the kernel's program on the CPU.
   Returns:
-    [B, T, D] in the dtype of u.
+    [B, tokens, D] in the dtype of u, those of the targets, the last block filled up.
   """
-  at = _Windows(u, pre_gate, post_gate)
+  at = _Windows(u, pre_gate, post_gate, spectrum, span)
   (y,) = at.call(
     functools.partial(_forward_kernel, at.sizes, *at.gated),
     "forward",
-    at.rows_of(u, pre_gate, post_gate),
+    ((u, pre_gate), (post_gate,)),
     (skip, spectrum),
     outputs=1,
     interpret=interpret,
   )
-  return at.cut(y)
+  return y
 
 
-def backward(u, spectrum, skip, pre_gate, post_gate, dy, *, interpret=False):
+def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpret=False):
   """Gradients of `forward`.
 
   Args:
-    dy: [B, T, D], the cotangent of y.   The rest: as given to `forward`.
+    dy: [B, T, D], the cotangent of y, read at the targets.   The rest: as given to `forward`.
   Returns:
-    du, and those of the gates, None for None, in the dtype of u; dspectrum [k1, 2 COLUMNS, D] and
-    dskip [D], float32, summed over the rows.
+    du, dspectrum [k1, 2 COLUMNS, D], dskip [D], and those of the gates, None for None. Rows are
+    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum and dskip
+    are float32, summed over the rows.
   """
-  at = _Windows(u, pre_gate, post_gate)
-  outputs = 1 + sum(at.gated)
-  *rows, dspectrum, dskip = at.call(
+  at = _Windows(u, pre_gate, post_gate, spectrum, span)
+  du, *others = at.call(
     functools.partial(_backward_kernel, at.sizes, *at.gated),
     "backward",
-    at.rows_of(u, pre_gate, post_gate, dy),
+    ((u, pre_gate), (post_gate, dy)),
     (skip, spectrum),
-    outputs=outputs,
+    outputs=1 + sum(at.gated),
     sums=True,
     interpret=interpret,
   )
-  du, *gates = map(at.cut, rows)
+  *gates, dspectrum, dskip = others
   dpre = gates.pop(0) if at.gated[0] else None
   dpost = gates.pop(0) if at.gated[1] else None
   return du, dspectrum / at.sizes.points, dskip[0], dpre, dpost
@@ -136,27 +147,38 @@ def backward(u, spectrum, skip, pre_gate, post_gate, dy, *, interpret=False):
 class _Windows:
   """How arrays are laid out for the kernels."""
 
-  def __init__(self, u, pre_gate, post_gate):
+  def __init__(self, u, pre_gate, post_gate, spectrum, span: Span):
     self.batch, self.length, self.channels = u.shape
-    self.dtype, self.sizes = u.dtype, Sizes.of(u.shape[1])
+    self.dtype, self.sizes, self.span = u.dtype, Sizes(spectrum.shape[0] // 2), span
     self.gated = (pre_gate is not None, post_gate is not None)
     self.vmem = vmem_bytes(self.sizes, u.dtype.itemsize, sum(self.gated))
 
-  def rows_of(self, *arrays):
-    """Those that are there, filled up to whole pairs of rows of whole tiles."""
-    tail = (0, self.batch % 2), (0, self.sizes.tokens - self.length), (0, 0)
-    return [jnp.pad(x, tail) for x in arrays if x is not None]
-
-  def cut(self, x):
-    """Without what `rows_of` filled up."""
-    return x[: self.batch, : self.length]
+  def _row(self, start: int) -> pl.BlockSpec:
+    """A block of a pair of rows, from the block `start` on."""
+    count = self.span.count
+    shape = (2, self.sizes.tokens, LANES)
+    return pl.BlockSpec(shape, lambda j, b: (b // count, start + b % count, j))
 
   def call(self, kernel, name: str, rows, filters, *, outputs: int, sums=False, interpret):
-    """The kernel on all pairs of rows, with `outputs` arrays of rows and, where it has them, the
-    sums."""
+    """The kernel on all blocks and pairs of rows, with `outputs` arrays of rows and, where it has
+    them, the sums.
+
+    Args:
+      rows: arrays read at the sources, and those at the targets, some of them None.
+    """
+    starts = (self.span.source, self.span.target)
+    row_specs = [
+      self._row(start)
+      for arrays, start in zip(rows, starts, strict=True)
+      for x in arrays
+      if x is not None
+    ]
+    # Whole pairs of rows of whole blocks.
+    fill = (0, self.batch % 2), (0, -self.length % self.sizes.tokens), (0, 0)
+    rows = [jnp.pad(x, fill) for arrays in rows for x in arrays if x is not None]
+    pairs = rows[0].shape[0] // 2
     skip, spectrum = filters
     sizes, tables = self.sizes, _tables(self.sizes, PARTS[str(self.dtype)])
-    row = pl.BlockSpec((2, sizes.tokens, LANES), lambda j, b: (b, 0, j))
     of_channels = pl.BlockSpec((1, LANES), lambda j, b: (0, j))
     spectrum_spec = pl.BlockSpec(
       (sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j), pipeline_mode=pl.Buffered(1)
@@ -165,8 +187,9 @@ class _Windows:
     def whole(x):
       return pl.BlockSpec(x.shape, lambda j, b: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
 
-    row_shape = jax.ShapeDtypeStruct(rows[0].shape, self.dtype)
-    out_shape, out_specs = [row_shape] * outputs, [row] * outputs
+    shape = (2 * pairs, self.span.count * sizes.tokens, self.channels)
+    out_shape = [jax.ShapeDtypeStruct(shape, self.dtype)] * outputs
+    out_specs = [self._row(0)] * outputs
     if sums:
       out_shape += [
         jax.ShapeDtypeStruct(spectrum.shape, jnp.float32),
@@ -178,10 +201,10 @@ class _Windows:
       ]
     complex_rows = pltpu.VMEM((2 * sizes.points, LANES), jnp.float32)
     tokens = pltpu.VMEM((2 * sizes.tokens, LANES), jnp.float32)
-    return pl.pallas_call(
+    results = pl.pallas_call(
       kernel,
-      grid=(pl.cdiv(self.channels, LANES), rows[0].shape[0] // 2),
-      in_specs=[[row] * len(rows), of_channels, spectrum_spec, [whole(x) for x in tables]],
+      grid=(pl.cdiv(self.channels, LANES), pairs * self.span.count),
+      in_specs=[row_specs, of_channels, spectrum_spec, [whole(x) for x in tables]],
       out_specs=out_specs,
       out_shape=out_shape,
       scratch_shapes=[[tokens] * (1 + sums), [complex_rows] * (1 + sums)],
@@ -193,13 +216,14 @@ class _Windows:
       name=f"long_convolution_{name}",
       interpret=interpret,
     )(rows, skip[None], spectrum, list(tables))
+    return [*(x[: self.batch] for x in results[:outputs]), *results[outputs:]]
 
   def _cost(self, arrays: int, times: int) -> pl.CostEstimate:
-    shape = (self.batch, self.length, self.channels)
+    shape = (self.span.count * self.batch, self.sizes.tokens, self.channels)
     return pl.CostEstimate(
       flops=matmul_flops(shape, self.dtype) * times,
       transcendentals=0,
-      bytes_accessed=arrays * self.batch * self.sizes.tokens * self.channels * self.dtype.itemsize
+      bytes_accessed=arrays * math.prod(shape) * self.dtype.itemsize
       + 8 * self.sizes.points * self.channels * times,
     )
 
