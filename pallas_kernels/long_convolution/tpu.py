@@ -155,9 +155,13 @@ class _Windows:
 
   def _row(self, start: int) -> pl.BlockSpec:
     """A block of a pair of rows, from the block `start` on."""
-    count = self.span.count
-    shape = (2, self.sizes.tokens, LANES)
-    return pl.BlockSpec(shape, lambda j, b: (b // count, start + b % count, j))
+    count = np.int32(self.span.count)
+
+    def at(j, step):
+      # Not // and %, which ask for signs.
+      return jax.lax.div(step, count), start + jax.lax.rem(step, count), j
+
+    return pl.BlockSpec((2, self.sizes.tokens, LANES), at)
 
   def call(self, kernel, name: str, rows, filters, *, outputs: int, sums=False, interpret):
     """The kernel on all blocks and pairs of rows, with `outputs` arrays of rows and, where it has

@@ -191,7 +191,7 @@ def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedul
 def test_schedule():
   """At 4,096 tokens on v5e the kernels stay near the limit of their products."""
   schedule = compiled("v5e", 2, 4096, 128, jnp.bfloat16).schedule
-  for name, ratio in (("long_convolution_forward", 1.75), ("long_convolution_backward", 1.55)):
+  for name, ratio in (("long_convolution_forward", 1.75), ("long_convolution_backward", 1.65)):
     piece = schedule.kernel(name)
     assert piece.calls == 1 and piece.ratio <= ratio, f"{name}: {piece.ratio:.2f}"
 
