@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -273,7 +272,7 @@ def _roots(rows: int, columns: int, points: int) -> np.ndarray:
 def _in_parts(x: np.ndarray, parts: int) -> np.ndarray:
   split = []
   for _ in range(parts):
-    split.append(x.astype(ml_dtypes.bfloat16))
+    split.append(x.astype(jnp.bfloat16))
     x = x - split[-1].astype(np.float64)
   return np.stack(split)
 
