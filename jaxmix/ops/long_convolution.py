@@ -83,7 +83,8 @@ def long_convolution(
     Causality: rows of at most `jaxmix.ops.circular.SHORT` tokens are summed directly, and no output
     changes with a later input. By transforms rounding reaches all outputs: of float32, about 2e-7
     of the row's largest values; by the TPU kernels on bfloat16 rows 4e-6, of operands in two parts.
-    Operands in one, plain bfloat16, would leak 3e-3 and are not offered.
+    Operands in one, plain bfloat16, would leak 3e-3 and are not offered. Those kernels transform
+    two rows of a batch as one complex row: rounding, and NaN or infinity, of one reach the other.
     Cost O(T D log T) time, O(L D) state; of a token of a stream, O(D sqrt(L log L)).
   """
   _check(u, kernel, reverse_kernel, skip, pre_gate, post_gate, state, segment_ids)

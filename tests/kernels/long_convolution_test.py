@@ -23,6 +23,7 @@ CASES = {
     Case("blocks", 1, 1300, 6, taps=700),
     Case("blocks_full", 2, 1030, 5, full=True),
     Case("packed", 2, 88, 3, segments=LONG_PACKED),
+    Case("mesh", 4, 88, 4, segments=2 * LONG_PACKED),  # for 4 devices by 2
     Case("packed_full", 2, 88, 3, taps=120, full=True, segments=LONG_PACKED),
   )
 }
@@ -110,19 +111,32 @@ def test_only_what_is_there_is_read():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize(("parts", "least", "most"), [(1, 1e-3, 1e-2), (2, 0, 1e-5), (3, 0, 1e-6)])
+def test_causality(parts, least, most, monkeypatch):
+  """What later inputs change of earlier outputs, of their largest, by the parts of operands: in one
+  it would be seen, which is why there are two at least."""
+  assert min(tpu.PARTS.values()) == 2
+  monkeypatch.setitem(tpu.PARTS, "float32", parts)
+  arrays = Case("row", 2, 512, 128).inputs()
+  u, kernel = (arrays[name].astype(np.float32) for name in ("u", "kernel"))
+  changed = np.where(np.arange(512)[:, None] < 256, u, -u)
+  sizes = tpu.Sizes.of(512)
+  spectrum = tpu.spectrum(jnp.pad(kernel, ((0, 0), (0, 512))), sizes)
+
+  def run(u):
+    options = {"span": tpu.Span(0, 0, 1), "interpret": True}
+    return np.asarray(tpu.forward(u, spectrum, jnp.zeros(128), None, None, **options))
+
+  before, after = run(u), run(changed)
+  leak = np.abs(before - after)[:, :256].max() / np.abs(after).max()
+  assert least <= leak <= most
+
+
 def test_op_on_a_mesh(interpreted, close, rounding):
   """The op by its kernels, with batch and channels cut over 8 devices, is the form by transforms on
   one."""
-  case = CASES["packed"]
-  twice = lambda x: np.concatenate([x, x])  # noqa: E731 — 4 rows, for 4 devices
-  arrays, dy = inputs_of(case, np.float32)
-  arrays = {name: twice(x) if name in ROWS else x for name, x in arrays.items()}
-  # Four channels, for 2 devices.
-  arrays = {
-    name: np.concatenate([x, x[..., :1] if x.ndim != 2 else x[:1]], -1 if x.ndim != 2 else 0)
-    for name, x in arrays.items()
-  }
-  dy, ids = twice(np.concatenate([dy, dy[..., :1]], -1)), twice(case.segment_ids())
+  case = CASES["mesh"]
+  (arrays, dy), ids = inputs_of(case, np.float32), case.segment_ids()
   expected = by_op(arrays, dy, ids, implementation="xla")
   with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
     found = by_op(arrays, dy, ids, implementation="tpu")
