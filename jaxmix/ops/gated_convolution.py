@@ -111,14 +111,10 @@ def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segmen
   c = circular.filters(kernel, reverse_kernel, u.shape[1], blocks.points)
   skip = jnp.zeros(u.shape[2], c.dtype) if skip is None else skip.astype(c.dtype)
 
-  def form(segment_ids, *rows):
-    u, *gates = rows
-    gates = iter(gates)
-    pre, post = (None if gate is None else next(gates) for gate in (pre_gate, post_gate))
-    return _fused(u, c, skip, pre, post, documents_of(segment_ids), blocks)
+  def form(segment_ids, u, pre_gate, post_gate):
+    return _fused(u, c, skip, pre_gate, post_gate, documents_of(segment_ids), blocks)
 
-  rows = (x for x in (u, pre_gate, post_gate) if x is not None)
-  return over_padding(form, segment_ids, *rows)
+  return over_padding(form, segment_ids, u, pre_gate, post_gate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

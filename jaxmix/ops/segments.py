@@ -112,12 +112,12 @@ def order(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def in_order(form: Callable, segment_ids: jax.Array | None, *arrays: jax.Array):
-  """form(segment_ids, *arrays), arrays [B, T, ...], with the padding of each row moved behind its
-  tokens. What the form returns, or the first of what it returns, is put back."""
+  """form(segment_ids, *arrays), arrays [B, T, ...] or None, with the padding of each row moved
+  behind its tokens. What the form returns, or the first of what it returns, is put back."""
   if segment_ids is None:
     return form(None, *arrays)
   rows, places = order(segment_ids)
-  segment_ids, *arrays = (take_rows(array, rows) for array in (segment_ids, *arrays))
+  segment_ids, *arrays = jax.tree.map(lambda x: take_rows(x, rows), (segment_ids, *arrays))
   results = form(segment_ids, *arrays)
   if isinstance(results, jax.Array):
     return take_rows(results, places)
