@@ -25,8 +25,10 @@ TABLES: dict[str, tuple[str, ...]] = {
     "heads",
     "mlp",
     "vocab",
+    "channels",
   ),  # Megatron: whole heads, columns of the MLP, rows of the vocabulary
-  "sequence": ("length",),
+  # Rows along their length; where an op needs all of it, it takes channels of whole rows instead.
+  "sequence": ("length", "channels"),
 }
 MESH_AXES = tuple(TABLES)
 
@@ -46,7 +48,7 @@ def make_mesh(
       the others leave.
     devices: the devices to arrange; None means all that this program sees.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or sequence is not 1.
+    ValueError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
@@ -56,11 +58,6 @@ def make_mesh(
     raise ValueError(
       f"make_mesh: {text} — every size must be at least 1, and one of them may be -1 for the "
       "rest; set the others"
-    )
-  if sequence != 1:
-    raise ValueError(
-      f"make_mesh: sequence={sequence} — no op cuts the length yet; set sequence=1 and give the "
-      "devices to data or fsdp"
     )
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free:
@@ -98,8 +95,16 @@ def cuts(axis: str | None, length: int, mesh) -> tuple[str, ...]:
 def ways(axis: str) -> int:
   """Into how many parts the tables cut a logical axis on the mesh of `jax.set_mesh`; 1 without a
   mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = _mesh()
+  if mesh is None:
+    return 1
   return math.prod(mesh.shape.get(name, 1) for name, cut in TABLES.items() if axis in cut)
+
+
+def is_cut(axis: str, length: int) -> bool:
+  """Whether the mesh of `jax.set_mesh` cuts an array axis of this logical name and length."""
+  count = ways(axis)
+  return count > 1 and length > 0 and length % count == 0
 
 
 def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -109,8 +114,8 @@ def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation to the tables, under `jax.set_mesh`; without a mesh it returns x."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh = _mesh()
+  if mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
@@ -148,10 +153,10 @@ def shard_kernel(
       None.
   Returns:
     The function under `jax.shard_map` on the mesh of `jax.set_mesh`; the function itself where
-    there is none.
+    there is none, or inside another function that is run so.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh = _mesh()
+  if mesh is None:
     return function
 
   def sharded(*arrays):
@@ -183,6 +188,13 @@ def shard_kernel(
     )(*arrays)
 
   return sharded
+
+
+def _mesh():
+  """The mesh of `jax.set_mesh` where arrays are cut over it: None without one, for one device, and
+  inside `jax.shard_map`, where arrays are a device's own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -98,7 +98,7 @@ class _Part(NamedTuple):
   """What a device computes: the mesh axes that cut the positions, the rows of the table, and the
   width of its gradient (these among the first); how many rows there are, but for padding."""
 
-  batch: tuple[str, ...]
+  rows: tuple[str, ...]
   vocab: tuple[str, ...]
   embed: tuple[str, ...]
   vocab_size: int
@@ -112,17 +112,21 @@ def _on_mesh(function, features, table, targets, weights, chunk_length):
   # Cast before it is gathered, which sends half the bytes. Rows of padding make it divisible.
   padding = -vocab_size % sharding.ways("vocab")
   table = jnp.pad(table.astype(features.dtype), ((0, padding), (0, 0)))
-  batch = sharding.cuts("batch", len(features), mesh)
+  batch, length = (
+    sharding.cuts(axis, size, mesh)
+    for axis, size in zip(("batch", "length"), targets.shape, strict=True)
+  )
   vocab = sharding.cuts("vocab", len(table), mesh)
   embed = tuple(axis for axis in sharding.cuts("embed", dim, mesh) if axis in batch)
-  part = _Part(batch, vocab, embed, vocab_size, chunk_length)
+  part = _Part((*batch, *length), vocab, embed, vocab_size, chunk_length)
+  rows = P(batch, length)
   run = functools.partial(function, part=part)
   if mesh.size > 1:
     run = jax.shard_map(
       run,
       mesh=mesh,
-      in_specs=(P(batch), P(vocab), P(batch), P(batch)),
-      out_specs=(P(), P(batch), P(vocab, embed)),
+      in_specs=(rows, P(vocab), rows, rows),
+      out_specs=(P(), rows, P(vocab, embed)),
       check_vma=False,
     )
   return run(features, table, targets, weights)
@@ -134,7 +138,7 @@ def _value(features, table, targets, weights, part: _Part):
 
   chunks = _chunks(features, targets, weights, len(table), part.chunk_length)
   total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), chunks)
-  return jax.lax.psum(total, part.batch), None, None
+  return jax.lax.psum(total, part.rows), None, None
 
 
 def _gradients(features, table, targets, weights, part: _Part):
@@ -149,9 +153,9 @@ def _gradients(features, table, targets, weights, part: _Part):
   chunks = _chunks(features, targets, weights, len(table), part.chunk_length)
   (total, dtable), dx = jax.lax.scan(step, start, chunks)
   dtable = jax.lax.psum_scatter(dtable, part.embed, scatter_dimension=1, tiled=True)
-  dtable = jax.lax.psum(dtable, tuple(axis for axis in part.batch if axis not in part.embed))
+  dtable = jax.lax.psum(dtable, tuple(axis for axis in part.rows if axis not in part.embed))
   dx = dx.reshape(-1, dx.shape[-1])[: targets.size].reshape(features.shape)
-  return jax.lax.psum(total, part.batch), dx, dtable
+  return jax.lax.psum(total, part.rows), dx, dtable
 
 
 def _loss(x, target, weight, table, part: _Part):

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 
 from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
+from jaxmix.ops import parts
 from jaxmix.ops.segments import check_segment_ids, document_indices, document_positions
 from pallas_kernels.attention import reference, tpu
+
+# Logical axes of q, k, v and y, and of the document of each token.
+ROWS, DOCUMENTS = ("batch", None, "heads", None), ("batch", None)
 
 
 def attention(
@@ -159,35 +163,65 @@ def _check(q, k, v, segment_ids, visibility, window, state) -> tuple[int, int, i
   return q.shape
 
 
-def _attend_row(q, k, v, documents, *, scale, causal, window, implementation):
-  """Every token against the keys of its own row."""
+def _attend_row(q, k, v, documents, **options):
+  """Every token against the keys of its own row. Where the mesh cuts the length, each device takes
+  the queries of its part and the keys and values of all."""
+  run = functools.partial(_attend, **options)
   length = q.shape[1]
+  if not sharding.is_cut("length", length):
+    return run(q, k, v, documents, None)
+
+  def of_part(q, k, v, documents):
+    k, v = (jax.lax.all_gather(x, parts.AXIS, axis=1, tiled=True) for x in (k, v))
+    count = length // q.shape[1]
+    return run(q, k, v, documents, None if count == 1 else (jax.lax.axis_index(parts.AXIS), count))
+
+  rows = ("batch", "length", "heads", None)
+  return sharding.shard_kernel(of_part, (rows, rows, rows, DOCUMENTS), rows)(q, k, v, documents)
+
+
+def _attend(q, k, v, documents, part, *, scale, causal, window, implementation):
+  """Queries against the keys of their rows.
+
+  Args:
+    part: (index, count) where the queries are this one of so many equal parts of the rows; None
+      where they are all.
+  """
+  length = k.shape[1]
+  first, of_queries = 0, documents
+  if part is not None:
+    first = part[0] * q.shape[1]
+    if documents is not None:
+      of_queries = jax.lax.dynamic_slice_in_dim(documents, first, q.shape[1], axis=1)
+  same = None if documents is None else of_queries[:, :, None] == documents[:, None, :]
+
+  def visible():
+    distance = first + jnp.arange(q.shape[1])[:, None] - jnp.arange(length)
+    seen = (distance >= 0 if causal else True) & (distance < (window or length))
+    seen = jnp.broadcast_to(seen, (q.shape[0], *distance.shape))
+    return seen if same is None else seen & same
 
   def by_definition(q, k, v, documents):
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)
-    visible = (distance >= 0 if causal else True) & (distance < (window or length))
-    visible = jnp.broadcast_to(visible, (q.shape[0], length, length))
-    if documents is not None:
-      visible = visible & (documents[:, :, None] == documents[:, None, :])
-    return reference.attention(q, k, v, visible, scale=scale).astype(v.dtype)
+    return reference.attention(q, k, v, visible(), scale=scale).astype(v.dtype)
 
   def by_xla(q, k, v, documents):
-    mask = None if documents is None else (documents[:, :, None] == documents[:, None, :])[:, None]
+    if part is not None:
+      return _dot_product(q, k, v, mask=visible()[:, None], scale=scale)
+    mask = None if same is None else same[:, None]
     span = None if window is None else (window - 1, 0)
     return _dot_product(q, k, v, mask=mask, scale=scale, is_causal=causal, local_window_size=span)
 
-  heads = ("batch", None, "heads", None)
-  by_tpu = sharding.shard_kernel(
-    functools.partial(tpu.attention, scale=scale, causal=causal, window=window),
-    in_axes=(heads, heads, heads, ("batch", None)),
-    out_axes=heads,
-  )
-  refusal = tpu.refusal(length)
+  by_tpu = functools.partial(tpu.attention, scale=scale, causal=causal, window=window, part=part)
+  refusal = tpu.refusal(length, 1 if part is None else part[1])
   return implementations.run(
     "attention",
     implementation,
     (q, k, v, documents),
-    functions={"reference": by_definition, "xla": by_xla, "tpu": by_tpu},
+    functions={
+      "reference": by_definition,
+      "xla": by_xla,
+      "tpu": sharding.shard_kernel(by_tpu, (ROWS, ROWS, ROWS, DOCUMENTS), ROWS),
+    },
     refusals={} if refusal is None else {"tpu": refusal},
   )
 

@@ -89,6 +89,30 @@ def backward(rows: Rows, starts, documents, dy, dstate, *, scale: float, chunk_s
   return _by_platform(run, rows, chunk_size, (rows, starts, documents, dy, dstate))
 
 
+def summary(rows: Rows, documents):
+  """What rows without beta do to the state before them, S_T = keep * S_0 + added, where they hold
+  one document, and what they add where they hold several.
+
+  Args:
+    documents: [B, T] int32 or None, the document of each token.
+  Returns:
+    keep: [B, H, K or 1, 1] or None, all of it;   added: [B, H, K, V].
+  """
+  dtype = rows.v.dtype
+  _, k, v, _, g = _cut_rows(rows, rows.q.shape[1])
+  keep = None
+  if g is not None:
+    g = jnp.maximum(g, decays.STRONGEST)
+    later = jnp.pad(g[..., 1:, :], [*[(0, 0)] * 4, (0, 1), (0, 0)])
+    after = jax.lax.cumsum(later, axis=4, reverse=True)
+    k = k * jnp.exp(after)
+    keep = jnp.swapaxes(jnp.exp(after[..., :1, :] + g[..., :1, :]), -1, -2)
+    keep = _join_heads(keep[..., 0, :, :])
+  if documents is not None:
+    k = _where((documents == documents[:, -1:])[:, None, None, None, :, None], k)
+  return keep, _join_heads(product("tk,tv->kv", dtype, k, v)[..., 0, :, :])
+
+
 def _by_platform(run, rows: Rows, chunk_size: int, arrays):
   """`run` on all chunks at once. A CPU goes from span to span, each of as many chunks as its cache
   holds: from memory, so many small products would wait for their operands."""

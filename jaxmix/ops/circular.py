@@ -17,8 +17,8 @@ from jaxmix import sharding
 
 SHORT = 64  # tokens of a row up to which the product is used
 # Logical axes: rows [B, T, D], filters [D, N], and the gradients of those.
-ROWS, FILTERS, DOCUMENTS = ("batch", None, "mlp"), ("mlp", None), ("batch", None)
-PARTS = ("batch", "mlp", None)
+ROWS, FILTERS, DOCUMENTS = ("batch", None, "channels"), ("channels", None), ("batch", None)
+PARTS = ("batch", "channels", None)
 
 
 def convolve(g, kernel, reverse_kernel, documents):

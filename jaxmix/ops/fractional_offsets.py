@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix.ops import plucker
-from jaxmix.ops.grassmann import check_arrays, grassmann_state, state_after
+from jaxmix.ops.grassmann import along_rows, check_arrays, grassmann_state
 from jaxmix.ops.segments import over_padding
 
 WINDOWS = ("triangle", "gauss")
@@ -81,8 +81,12 @@ def fractional_grassmann_mix(
     state = grassmann_state(z.shape[0], (count,), groups.shape[2:], groups.dtype)
   if z.shape[1] == 0:
     return jnp.zeros((*z.shape[:2], weight.shape[1]), weight.dtype), state
-  run = functools.partial(_mix, state, weight, bias, taps, eps=eps, normalization=normalization)
-  return over_padding(run, segment_ids, groups), state_after(state, groups, segment_ids)
+
+  def mix(z, state, segment_ids, weight, bias, taps):
+    run = functools.partial(_mix, state, weight, bias, taps, eps=eps, normalization=normalization)
+    return over_padding(run, segment_ids, z)
+
+  return along_rows(mix, groups, state, segment_ids, weight, bias, taps)
 
 
 def _mix(state, weight, bias, taps, segment_ids, z, *, eps, normalization):

@@ -21,9 +21,9 @@ from pallas_kernels.long_convolution import reference
 
 # Logical axes: rows [B, T, D], filters [D, N], skip [D], documents [B, T]; and of the gradients of
 # filters and skip.
-ROWS = ("batch", None, "mlp")
-ARRAYS = (ROWS, ("mlp", None), ("mlp",), ROWS, ROWS, ("batch", None))
-PARTS = (("batch", "mlp", None), ("batch", "mlp"))
+ROWS = ("batch", None, "channels")
+ARRAYS = (ROWS, ("channels", None), ("channels",), ROWS, ROWS, ("batch", None))
+PARTS = (("batch", "channels", None), ("batch", "channels"))
 
 
 def gated_convolution(

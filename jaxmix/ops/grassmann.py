@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
-from jaxmix.ops import plucker
+from jaxmix.ops import parts, plucker
 from jaxmix.ops.segments import (
   check_segment_ids,
   document_positions,
@@ -98,8 +98,13 @@ def grassmann_mix(
   if z.shape[1] == 0:
     return jnp.zeros((*z.shape[:2], weight.shape[1]), weight.dtype), state if streams else None
   call = _Call(offsets, float(eps), normalization, implementation)
-  y = _mix(z, state["memory"], weight, bias, state["length"], segment_ids, call)
-  return y, state_after(state, z, segment_ids) if streams else None
+
+  def mix(z, state, segment_ids, weight, bias):
+    return _mix(z, state["memory"], weight, bias, state["length"], segment_ids, call)
+
+  if not streams:
+    return mix(z, state, segment_ids, weight, bias), None
+  return along_rows(mix, z, state, segment_ids, weight, bias)
 
 
 def offsets_of_groups(offsets, groups: int) -> plucker.Offsets:
@@ -181,6 +186,47 @@ def state_after(state, z, segment_ids) -> dict[str, jax.Array]:
   else:
     after = last_token(segment_ids, document_positions(segment_ids, length) + 1, length)
   return {"memory": newest_rows(state["memory"], z, segment_ids), "length": after}
+
+
+def along_rows(mix, z, state, segment_ids, *parameters):
+  """y = mix(z, state, segment_ids, *parameters) and the state after the rows z [B, T, H, R]; by
+  parts of them where the mesh cuts the length."""
+  if not sharding.is_cut("length", z.shape[1]):
+    return mix(z, state, segment_ids, *parameters), state_after(state, z, segment_ids)
+
+  def part(z, memory, length, segment_ids, *parameters):
+    before = _state_before(z, {"memory": memory, "length": length}, segment_ids)
+    y = mix(z, before, segment_ids, *parameters)
+    after = parts.of_last(state_after(before, z, segment_ids))
+    return y, after["memory"], after["length"]
+
+  whole = ((None,) * x.ndim for x in parameters)
+  run = sharding.shard_kernel(
+    part,
+    (("batch", "length", None, None), STATES, ("batch",), ("batch", "length"), *whole),
+    (("batch", "length", None), STATES, ("batch",)),
+  )
+  y, memory, length = run(z, state["memory"], state["length"], segment_ids, *parameters)
+  return y, {"memory": memory, "length": length}
+
+
+def _state_before(z, state, segment_ids):
+  """The state before this device's part of the rows; `state` is the one before all of them."""
+  zeros, count = jax.tree.map(jnp.zeros_like, state), parts.count_tokens(z, segment_ids)
+
+  def apply(count, state):
+    return {**state, "memory": parts.moved_up(count, state["memory"])}
+
+  before = parts.state_before(
+    parts.Part(state_after(zeros, z, segment_ids), count, parts.Documents.of(segment_ids)),
+    state,
+    apply=apply,
+    compose=jnp.add,
+    reach=-(-state["memory"].shape[1] // z.shape[1]),
+  )
+  if segment_ids is None:  # neighbours alone were asked
+    before["length"] = state["length"] + jax.lax.axis_index(parts.AXIS) * z.shape[1]
+  return before
 
 
 class _Call(NamedTuple):

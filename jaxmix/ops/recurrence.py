@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix import sharding
-from jaxmix.ops import chunks
+from jaxmix.ops import chunks, parts
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops.chunks import Rows
 from jaxmix.ops.segments import check_segment_ids, document_indices
@@ -101,7 +101,14 @@ def recurrence(
   if length == 0:
     heads = max(x.shape[2] for x in (rows.q, rows.k, rows.v))
     return jnp.zeros((batch, 0, heads, rows.v.shape[3]), call.dtype), _first_state(rows, state)
-  return _attend(rows, state, segment_ids, call)
+  if not sharding.is_cut("length", length):
+    return _attend(rows, state, segment_ids, call)
+  run = sharding.shard_kernel(
+    lambda *arrays: _attend_part(Rows(*arrays[:5]), *arrays[5:], call),
+    (*(None if x is None else _axes(x, "length") for x in rows), STATE, ("batch", "length")),
+    (("batch", "length", "heads", None), STATE),
+  )
+  return run(*rows, state, segment_ids)
 
 
 def check_rows(op: str, rows: Rows, state, segment_ids, *, columns: str = "V]") -> None:
@@ -169,6 +176,42 @@ def _inert_at_padding(rows: Rows, segment_ids) -> Rows:
 def _power_of_two(size: int) -> int:
   """The least that is not below size."""
   return 1 << (size - 1).bit_length()
+
+
+def _attend_part(rows: Rows, state, segment_ids, call: _Call):
+  """`_attend` of this device's part of the rows, and the state after the last; `state` comes before
+  the first."""
+  if rows.beta is None:
+    keep, added = chunks.summary(rows, _documents(segment_ids))
+    apply = compose = _scaled
+  else:
+    keep, added = _delta_summary(rows, segment_ids, call)
+    apply = compose = functools.partial(jnp.matmul, precision="highest")
+  part = parts.Part(added, keep, parts.Documents.of(segment_ids))
+  before = parts.state_before(part, state, apply=apply, compose=compose)
+  y, after = _attend(rows, before, segment_ids, call)
+  return y, parts.of_last(after)
+
+
+def _scaled(keep, state):
+  """The state, or what another part keeps, times what this one keeps; None keeps all."""
+  return state if keep is None else keep * state
+
+
+def _delta_summary(rows: Rows, segment_ids, call: _Call):
+  """keep [B, H, K, K] and added [B, H, K, V] of rows with the delta rule, S_T = keep S_0 + added.
+
+  Each column of the state goes its own way: those of the identity, to which nothing is written,
+  become `keep`.
+  """
+  *lead, key_dim, value_dim = rows.state_shape
+  no_values = jnp.zeros((*rows.v.shape[:3], key_dim), rows.v.dtype)
+  zeros = _first_state(rows, None)
+  identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=zeros.dtype), (*lead, key_dim, key_dim))
+  rows = rows._replace(v=jnp.concatenate([rows.v, no_values], axis=-1))
+  _, after = _attend(rows, jnp.concatenate([zeros, identity], axis=-1), segment_ids, call)
+  added, keep = jnp.split(after, [value_dim], axis=-1)
+  return keep, added
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -281,9 +324,9 @@ def _chunked_backward(call: _Call, rows, state, segment_ids, starts, dy, dstate)
   )
 
 
-def _axes(x) -> tuple:
-  """Logical axes of q, k, v, beta or g: [B, T, heads, ...]."""
-  return ("batch", None, "heads", *(None,) * (x.ndim - 3))
+def _axes(x, length: str | None = None) -> tuple:
+  """Logical axes of q, k, v, beta or g, [B, T, heads, ...]; `length` is that of T."""
+  return ("batch", length, "heads", *(None,) * (x.ndim - 3))
 
 
 ROWS = ("batch", None, "heads", None)

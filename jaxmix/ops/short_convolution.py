@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxmix import sharding
 from jaxmix.ops import implementation as implementations
+from jaxmix.ops import parts
 from jaxmix.ops.segments import (
   check_segment_ids,
   document_indices,
@@ -82,7 +83,14 @@ def short_convolution(
     bias = jnp.zeros(channels, weight.dtype)
   if length == 0:
     return x, state
-  return _convolve(x, weight, bias, state, segment_ids, _Call(activation, implementation))
+  call = _Call(activation, implementation)
+  if not sharding.is_cut("length", length):
+    return _convolve(x, weight, bias, state, segment_ids, call)
+  rows, ids = ("batch", "length", "heads"), ("batch", "length")
+  run = sharding.shard_kernel(
+    functools.partial(_convolve_part, call=call), (rows, *ARRAYS[1:4], ids), (rows, ROWS)
+  )
+  return run(x, weight, bias, state, segment_ids)
 
 
 def _check(x, weight, bias, activation, state, segment_ids) -> None:
@@ -128,6 +136,22 @@ class _Call(NamedTuple):
       functions=functions,
       refusals={name: refusal for name, refusal in refusals.items() if refusal is not None},
     )
+
+
+def _convolve_part(x, weight, bias, state, segment_ids, call: _Call):
+  """`_convolve` of this device's part of the rows, and the state after the last; `state` comes
+  before the first."""
+  added = newest_rows(jnp.zeros_like(state), x, segment_ids)
+  count = parts.count_tokens(x, segment_ids)
+  before = parts.state_before(
+    parts.Part(added, count, parts.Documents.of(segment_ids)),
+    state,
+    apply=parts.moved_up,
+    compose=jnp.add,
+    reach=-(-state.shape[1] // x.shape[1]),
+  )
+  y, after = _convolve(x, weight, bias, before, segment_ids, call)
+  return y, parts.of_last(after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
