@@ -199,11 +199,8 @@ def _scaled(keep, state):
 
 
 def _delta_summary(rows: Rows, segment_ids, call: _Call):
-  """keep [B, H, K, K] and added [B, H, K, V] of rows with the delta rule, S_T = keep S_0 + added.
-
-  Each column of the state goes its own way: those of the identity, to which nothing is written,
-  become `keep`.
-  """
+  """keep [B, H, K, K] and added [B, H, K, V], S_T = keep S_0 + added. Each column of a state goes
+  its own way: those of the identity, to which nothing is written, become `keep`."""
   *lead, key_dim, value_dim = rows.state_shape
   no_values = jnp.zeros((*rows.v.shape[:3], key_dim), rows.v.dtype)
   zeros = _first_state(rows, None)

@@ -289,13 +289,13 @@ def subject64(_subject64, request) -> Subject:
 
 
 class Cut:
-  """Two ways along the batch and four along the heads."""
+  """Eight devices in a mesh of these sizes."""
 
-  def __init__(self):
-    self.mesh = sharding.make_mesh(data=2, tensor=4)
+  def __init__(self, **sizes: int):
+    self.mesh = sharding.make_mesh(**sizes)
 
   def place(self, mixer, arrays):
-    """The mixer with its parameters, and arrays [B, ...], where the tables put them."""
+    """The mixer with its parameters, and arrays [B, T, ...], where the tables put them."""
     graph, state = nnx.split(mixer)
 
     def put(x, axes):
@@ -306,11 +306,14 @@ class Cut:
       state,
       is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
-    arrays = jax.tree.map(lambda x: put(x, ("batch", *(None,) * (x.ndim - 1))), arrays)
+    arrays = jax.tree.map(lambda x: put(x, ("batch", "length", *(None,) * (x.ndim - 2))), arrays)
     return nnx.merge(graph, state), arrays
 
 
 @pytest.fixture(scope="session")
-def devices_cut() -> Cut:
-  """The eight virtual devices as a mesh, and how a mixer and its inputs are laid on it."""
-  return Cut()
+def devices_cut() -> dict[str, Cut]:
+  """The eight virtual devices as meshes, and how a mixer and its inputs are laid on each."""
+  return {
+    "every_axis": Cut(data=2, tensor=2, sequence=2),
+    "length": Cut(data=1, sequence=8),
+  }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-BATCH, LENGTH, TAIL, DOCUMENT = 2, 107, 3, 16
+BATCH, LENGTH, TAIL, DOCUMENT = 2, 112, 3, 16
 # Where each document of a row begins; all are of one length, so that they can be run apart as one
 # batch.
 PACKED = ((0, 16, 32, 48, 64, 80), (0, 16, 32, 48, 64, 80))
@@ -227,8 +227,10 @@ def test_causality(subject64, layout):
   assert np.any(before[:, t:] != after[:, t:])
 
 
-def test_shard(subject64, close, tolerance, devices_cut):
-  """Eight devices with batch and heads cut give the outputs, the state and the gradients of one."""
+@pytest.mark.parametrize("cut", ["every_axis", "length"])
+def test_shard(subject64, close, tolerance, devices_cut, cut):
+  """Eight devices with batch, heads and length cut, or length alone, give the outputs, the state
+  and the gradients of one. Documents begin and end anywhere in the parts of the length."""
   ids = ids_of(PADDED)
   arrays = (
     rows(BATCH, LENGTH),
@@ -238,14 +240,16 @@ def test_shard(subject64, close, tolerance, devices_cut):
     rows(BATCH, TAIL, seed=3),
   )
   one = outputs_and_gradients(subject64.mixer, *arrays)
-  with jax.set_mesh(devices_cut.mesh):
-    mixer, arrays = devices_cut.place(subject64.mixer, arrays)
+  devices = devices_cut[cut]
+  with jax.set_mesh(devices.mesh):
+    mixer, arrays = devices.place(subject64.mixer, arrays)
     many = outputs_and_gradients(mixer, *arrays)
     parameters = jax.tree.leaves(nnx.pure(mixer))
   gradients = jax.tree.leaves(nnx.pure(many[0][0]))
   # XLA lays out small gradients as it likes; those of the parameters that are cut stay cut.
   pairs = zip(parameters, gradients, strict=True)
-  cut = [gradient for parameter, gradient in pairs if not parameter.sharding.is_fully_replicated]
-  gradient = max(cut, key=lambda leaf: leaf.size)
-  assert len(gradient.sharding.device_set) == 8 and not gradient.sharding.is_fully_replicated
+  parts = [gradient for parameter, gradient in pairs if not parameter.sharding.is_fully_replicated]
+  if cut == "every_axis":
+    gradient = max(parts, key=lambda leaf: leaf.size)
+    assert len(gradient.sharding.device_set) == 8 and not gradient.sharding.is_fully_replicated
   close(jax.tree.leaves(many), jax.tree.leaves(one), tolerance=tolerance)
