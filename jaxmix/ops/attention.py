@@ -82,6 +82,7 @@ def attention(
 
   documents = positions = None
   if segment_ids is not None:
+    segment_ids = sharding.constrain(segment_ids, "batch", None)  # keys are those of whole rows
     documents = jnp.where(segment_ids != 0, document_indices(segment_ids) + 1, 0)  # 0 is padding
   if causal:
     ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxmix import sharding
 from jaxmix.ops.circular import convolve
 from jaxmix.ops.gated_convolution import gated, gated_convolution, with_skip
 from jaxmix.ops.segments import (
@@ -89,14 +90,13 @@ def long_convolution(
   """
   _check(u, kernel, reverse_kernel, skip, pre_gate, post_gate, state, segment_ids)
   dtype = jnp.promote_types(u.dtype, jnp.float32)
-  g = u.astype(dtype) if pre_gate is None else u.astype(dtype) * pre_gate.astype(dtype)
-  dtype = jnp.promote_types(u.dtype, jnp.float32)
   if not isinstance(kernel, LazyKernel):
     lags = kernel.astype(dtype)
     kernel = LazyKernel(lags.shape, lambda count: lags[:, :count])
   if reverse_kernel is not None:
     reverse_kernel = reverse_kernel.astype(dtype)
   if segment_ids is not None:
+    segment_ids = sharding.constrain(segment_ids, "batch", None)  # of whole rows, as they are read
     live = (segment_ids != 0)[..., None]
     u, pre_gate, post_gate = (
       None if x is None else jnp.where(live, x, 0) for x in (u, pre_gate, post_gate)

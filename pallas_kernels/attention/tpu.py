@@ -61,9 +61,9 @@ def attention(
     widths = (0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, -x.shape[-1] % LANES)
     return jnp.moveaxis(jnp.pad(x, widths), 2, 1)
 
-  shape = (padded, padded)
-  if not causal:
-    mask = splash.FullMask(shape)
+  shape, parts = (padded, padded), count
+  if not causal:  # all parts are alike
+    mask, parts = splash.FullMask((padded // count, padded)), 1
   elif window is None or window >= length:
     mask = splash.CausalMask(shape)
   else:
@@ -72,7 +72,7 @@ def attention(
   kernel = splash.make_splash_mqa(
     splash.MultiHeadMask([mask] * (heads // groups)),
     head_shards=1,
-    q_seq_shards=count,
+    q_seq_shards=parts,
     block_sizes=splash.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -84,11 +84,11 @@ def attention(
     ),
     interpret=interpret,
   )
-  of_queries = documents
-  if part is not None:
+  if parts > 1:
     kernel = _of_part(kernel, index, count)
-    if documents is not None:
-      of_queries = jax.lax.dynamic_slice_in_dim(documents, index * q.shape[1], q.shape[1], axis=1)
+  of_queries = documents
+  if part is not None and documents is not None:
+    of_queries = jax.lax.dynamic_slice_in_dim(documents, index * q.shape[1], q.shape[1], axis=1)
   tokens = q.shape[1]
   q = lay_out((q * scale).astype(q.dtype))
   q = q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:])

@@ -69,10 +69,35 @@ def test_definition(case, no_worse):
   no_worse(found, by_xla, exact, case.name, units=case.value_dim)
 
 
+@pytest.mark.parametrize(
+  ("causal", "window"), [(True, None), (True, 200), (False, None)], ids=["causal", "window", "full"]
+)
+def test_parts_of_the_queries(causal, window, close, rounding):
+  """Parts of a row against all of its keys give what the row gives, forward and backward."""
+  random = np.random.default_rng(0)
+  q, weights = random.normal(size=(2, 1, 512, 2, 16)).astype(np.float32)
+  k, v = random.normal(size=(2, 1, 512, 1, 16)).astype(np.float32)
+  documents = np.repeat([[0, 1, 1, 2]], 128, axis=1).astype(np.int32)
+  attend = functools.partial(
+    tpu.attention, documents=documents, scale=0.3, causal=causal, window=window, interpret=True
+  )
+
+  def in_parts(q, k, v):
+    parts = enumerate(jnp.split(q, 2, axis=1))
+    return jnp.concatenate([attend(q, k, v, part=(jnp.int32(i), 2)) for i, q in parts], axis=1)
+
+  def run(attend):
+    weighted = jax.value_and_grad(lambda *arrays: jnp.sum(attend(*arrays) * weights), (0, 1, 2))
+    return jax.jit(weighted)(q, k, v)
+
+  close(run(in_parts), run(attend), tolerance=rounding("float32", 512))
+
+
 @pytest.mark.parametrize("length", [1, 127])
 def test_refusal(length):
   assert tpu.refusal(length) == f"length {length} is shorter than one block of 128"
   assert tpu.refusal(128) is None
+  assert tpu.refusal(1024, 16) == "16 parts of length 1024 are not of whole blocks of 128"
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False), ("cuda", False)])
