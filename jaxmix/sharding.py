@@ -28,7 +28,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "channels",
   ),  # Megatron: whole heads, columns of the MLP, rows of the vocabulary
   # Rows along their length; where an op needs all of it, it takes channels of whole rows instead.
-  "sequence": ("length", "channels"),
+  # The devices of a row cut parameters as those of fsdp do.
+  "sequence": ("length", "channels", "embed"),
 }
 MESH_AXES = tuple(TABLES)
 
@@ -197,6 +198,12 @@ def _mesh():
   return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+  """Where an array of a batch lies: cut along the batch, and [B, T] along the length too."""
+  axes = ("batch", "length") if len(shape) == 2 else ("batch", *(None,) * (len(shape) - 1))
+  return named_sharding(axes, shape, mesh)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Puts this process's rows of a batch on the mesh as one global array a key, cut along the batch.
 
@@ -206,7 +213,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
   def put(x: np.ndarray) -> jax.Array:
     rows = x.shape[0] * jax.process_count()
-    sharding = named_sharding(("batch", *(None,) * (x.ndim - 1)), (rows, *x.shape[1:]), mesh)
-    return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
+    shape = (rows, *x.shape[1:])
+    return jax.make_array_from_process_local_data(batch_sharding(shape, mesh), x, shape)
 
   return {name: put(x) for name, x in batch.items()}

@@ -19,6 +19,7 @@ MESHES = {
   "fsdp": {"data": 1, "fsdp": 8},
   "tensor": {"data": 4, "tensor": 2},
   "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+  "sequence": {"data": 1, "fsdp": 2, "sequence": 4},
 }
 
 
@@ -35,7 +36,7 @@ def devices():
     ({"data": 0}, "every size must be at least 1"),
     ({"data": 3}, "data=3, fsdp=1, tensor=1, sequence=1 does not fit 8 devices"),
     ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
-    ({"sequence": 2}, "no op cuts the length yet"),
+    ({"data": 1, "sequence": 3}, "sequence=3 does not fit 8 devices"),
   ],
 )
 def test_mesh_that_cannot_be_is_refused(sizes, message):
@@ -58,6 +59,14 @@ def test_axes_lie_where_the_tables_say():
   assert spec(("batch", None), (8, 3)) == P(("data", "fsdp"), None)
   assert spec(("layers", "embed", "heads", "head"), (3, 8, 4, 2)) == P(None, "fsdp", "tensor", None)
   assert spec(("vocab", "embed"), (257, 8)) == P(None, "fsdp"), "2 does not divide 257"
+
+
+def test_devices_of_a_row_cut_its_length_and_the_parameters():
+  mesh = sharding.make_mesh(**MESHES["sequence"])
+  assert sharding.batch_sharding((8, 24), mesh).spec == P("fsdp", "sequence")
+  assert sharding.batch_sharding((8, 28, 28), mesh).spec == P("fsdp", None, None), "an image"
+  spec = sharding.partition_spec(("embed", "heads", "head"), (32, 4, 8), mesh)
+  assert spec == P(("fsdp", "sequence"), None, None)
 
 
 def test_batch_lies_cut_over_the_devices():

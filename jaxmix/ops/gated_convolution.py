@@ -44,7 +44,8 @@ def gated_convolution(
     refusal = "the state of a stream comes before the row"
   elif implementation is None and u.shape[1] <= circular.SHORT:
     refusal = refusal or f"length {u.shape[1]} is not above {circular.SHORT}"
-  return implementations.run(
+  u, pre_gate, post_gate = map(_in_parts, (u, pre_gate, post_gate))
+  y = implementations.run(
     "long_convolution",
     implementation,
     (u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids),
@@ -55,6 +56,15 @@ def gated_convolution(
     },
     refusals={} if refusal is None else {"tpu": refusal},
   )
+  return _in_parts(y)
+
+
+def _in_parts(x):
+  """Rows [B, T, D] or None, where the mesh cuts the length held in parts: said on both sides of a
+  transform, XLA exchanges parts of the length for channels and back, and gathers nothing."""
+  if x is None or not sharding.is_cut("length", x.shape[1]):
+    return x
+  return sharding.constrain(x, "batch", "length", "mlp")
 
 
 def gated(u, gate):
