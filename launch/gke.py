@@ -129,7 +129,7 @@ def _train(arguments: argparse.Namespace) -> list[launcher.Command]:
     )
   if not _NAME.fullmatch(arguments.name):
     raise ValueError(
-      f"--name {arguments.name!r} — expected at most 40 small letters, digits and hyphens, a letter "
+      f"--name {arguments.name!r} — expected up to 40 small letters, digits and hyphens, a letter "
       f"first — e.g. {re.sub('[^a-z0-9]+', '-', arguments.name.lower()).strip('-')[:40] or 'run'}"
     )
   words = launcher.train_words(
