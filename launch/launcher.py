@@ -126,8 +126,8 @@ def check_mesh(
   sizes.update(settings.arguments(make_mesh, (), given=("devices",)))
   if slices not in (None, sizes["slices"]):
     raise ValueError(
-      f"the run is for {sizes['slices']} slices, and {name} has {slices} — expected as many — set "
-      f"--gin_param 'make_mesh.slices = {slices}', or name another --target"
+      f"the mesh of the run has slices={sizes['slices']}, and {name} has {slices} — expected as "
+      f"many — set --gin_param 'make_mesh.slices = {slices}', or name another --target"
     )
   try:
     mesh_shape(devices, **sizes)

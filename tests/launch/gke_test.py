@@ -31,7 +31,7 @@ for number in range(jobs["replicas"]):
 sys.exit(max(pod.wait() for pod in pods))
 """
 
-# What is in a JobSet of v1alpha2, and in the job and pod of Kubernetes within it: field -> its type,
+# What is in a JobSet of v1alpha2, and in the job and pod of Kubernetes within it: field -> type,
 # fields of an object, or what the elements of a list are. A ? marks what may be left out.
 RULE = {"name": str, "action": str, "onJobFailureReasons": [str]}
 POD_RULE = {
