@@ -71,10 +71,11 @@ def make_mesh(
       f"make_mesh.slices = {len(parts)}"
     )
   of_a_slice = (shape[0] // slices, *shape[1:])
-  meshes = [
-    jax.make_mesh(of_a_slice, MESH_AXES, types, devices=parts[index]) for index in sorted(parts)
+  placed = [
+    jax.make_mesh(of_a_slice, MESH_AXES, axis_types=types, devices=part).devices
+    for _, part in sorted(parts.items())
   ]
-  return Mesh(np.concatenate([mesh.devices for mesh in meshes]), MESH_AXES, axis_types=types)
+  return Mesh(np.concatenate(placed), MESH_AXES, axis_types=types)
 
 
 def mesh_shape(

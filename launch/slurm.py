@@ -15,9 +15,9 @@ import launcher
 DESCRIPTION = """Submits a run to Slurm: one process a GPU, on as many nodes as --target has hosts.
 
 the job:
-  Nodes share this checkout and the work directory. supervise.py runs the step and begins it again
-  when it fails. Before the time limit, and when the job is preempted, the run saves and ends with
-  exit code 75, and the job puts itself back into the queue: it goes on where it stopped.
+  Nodes share this checkout and the work directory. Each process has its supervise.py, so that a
+  run that fails begins again. Before the time limit the run saves and ends with exit code 75, and
+  the job puts itself back into the queue: it goes on where it stopped.
   Lines of the log begin with the number of their process; a process that does not come within
   --init_timeout is named with those that did, and their hosts."""
 
@@ -50,9 +50,9 @@ set -u
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 place=(--coordinator "$first:$((20000 + SLURM_JOB_ID % 10000))" --processes {processes})
 # srun does not take the processors of a task over from sbatch.
-{supervise} -- \\
-  srun --label --wait=300 ${{SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}} \\
-  bash -c 'exec "$@" --process "$SLURM_PROCID"' task \\
+srun --label --wait=300 ${{SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}} \
+  bash -c 'exec "$@" --process "$SLURM_PROCID"' task \
+  {supervise} -- \
   {train} "${{place[@]}}"
 code=$?
 if [ "$code" -eq {interrupted} ]; then

@@ -94,6 +94,13 @@ def test_help_is_a_manual(script, name):
     assert part in text
 
 
+def test_scripts_of_this_folder_pass_the_lint_too(repository, shellcheck):
+  scripts = [*(repository / "launch").glob("*.sh"), repository / ".ci" / "run"]
+  assert len(scripts) >= 4
+  for script in scripts:
+    shellcheck(script.read_text())
+
+
 def test_a_missing_program_is_named_before_anything_runs(launcher, tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   touch = launcher.Command((sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"))
