@@ -180,7 +180,10 @@ def train_options(script) -> Callable[[list[str]], dict]:
   def read(words: list[str]) -> dict:
     options = script("train").options()
     known, others = options.parse_known_args(words)
-    place = dict(zip(others[::2], others[1::2], strict=True))
+    place = {
+      name: int(value) if value.isdecimal() else value
+      for name, value in zip(others[::2], others[1::2], strict=True)
+    }
     assert {*place} <= {
       "--distributed",
       "--coordinator",

@@ -28,10 +28,10 @@ def test_cpu_processes_have_devices_of_their_own(local, cluster, train_options, 
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=/tmp/x")
   assert local.main(arguments(cluster, "--target", "cpu:3x2", "--init_timeout", "7")) == 0
   calls = [(train_options(call["words"]), call["environment"]) for call in cluster.calls()]
-  assert sorted(options["process"] for options, _ in calls) == ["0", "1", "2"]
+  assert sorted(options["process"] for options, _ in calls) == [0, 1, 2]
   assert len({options["coordinator"] for options, _ in calls}) == 1
   for options, environment in calls:
-    assert (options["processes"], options["init_timeout"]) == ("3", "7")
+    assert (options["processes"], options["init_timeout"]) == (3, 7)
     assert options["workdir"] == "/tmp/a run" and options["gin_file"] == [cluster.gin_file]
     assert environment["JAX_PLATFORMS"] == "cpu"
     flags = environment["XLA_FLAGS"].split()
@@ -121,7 +121,7 @@ def test_two_processes_train_one_run(script, trained, tmp_path, capsys):
     pytest.skip("train.py knows of one process only")
   folder = tmp_path / "run"
   words = ["--gin_file", str(trained.gin_file), "--workdir", str(folder), "--target", "cpu:2x2"]
-  code = script("local").main([*words, "--gin_param", "make_mesh.slices = 2"])
+  code = script("local").main([*words, "--gin_file", "configs/mesh/fsdp_slices2.gin"])
   assert code == 0, capsys.readouterr()
   losses = [
     [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -60,11 +60,11 @@ def test_every_gpu_gets_a_process_that_knows_its_place(slurm, cluster, train_opt
   assert code == 0
   assert (tmp_path / "submitted").read_text() == "--partition=gpu"
   calls = [train_options(call["words"]) for call in cluster.calls()]
-  assert sorted(call["process"] for call in calls) == ["0", "1", "2", "3"]
+  assert sorted(call["process"] for call in calls) == [0, 1, 2, 3]
   for call in calls:
-    assert (call["coordinator"], call["processes"]) == ("node7:24711", "4")
+    assert (call["coordinator"], call["processes"]) == ("node7:24711", 4)
     assert call["gin_param"] == [param] and call["workdir"] == str(folder)
-    assert call["gin_file"] == [cluster.gin_file] and call["init_timeout"] == "300"
+    assert call["gin_file"] == [cluster.gin_file] and call["init_timeout"] == 300
   assert not (tmp_path / "requeued").exists()
 
 
