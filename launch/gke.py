@@ -41,7 +41,7 @@ EPILOG = f"""{launcher.MANUAL}
 examples:
   python launch/gke.py image --image us-docker.pkg.dev/me/jaxmix/train:1
   python launch/gke.py train --name gla-1b --gin_file configs/runs/corpus_gla_1b.gin \\
-      --gin_file configs/mesh/fsdp_slices2.gin --workdir /runs/gla_1b --target v5e:16x16:2 \\
+      --gin_file configs/mesh/fsdp_slices2.gin --workdir /runs/gla_1b --target v5e:4x4:2 \\
       --image us-docker.pkg.dev/me/jaxmix/train:1 --volume my-claim:/runs \\
       --env JAXMIX_DATA=/runs/data
   python launch/gke.py logs --name gla-1b"""

@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("LICENSE", "README.md", "configs", "jaxmix", "launch", "pallas_kernels", "pyproject.toml")
 
 MANUAL = """before anything is reserved:
-  the run files are read, their mesh has to be of the size of --target, and the training step is
-  compiled for it, as by compile_ahead.py: that takes minutes, once, and --skip_compile leaves it
-  out. The report goes to stderr. --dry_run prints the commands and runs none: what it prints is a
-  shell script."""
+  the run files are read, their mesh has to be of the size of --target and to divide the rows of
+  a batch, and the training step is compiled for it, as by compile_ahead.py: that takes minutes,
+  once, and --skip_compile leaves it out. The report goes to stderr. --dry_run prints the commands
+  and runs none: what it prints is a shell script."""
 
 
 def add_run_options(to: argparse.ArgumentParser, *, target: str) -> None:
@@ -110,7 +110,8 @@ def configuration_of(arguments: argparse.Namespace) -> Configuration:
 def check_mesh(
   settings: Configuration, name: str, *, devices: int, slices: int | None = None
 ) -> None:
-  """Raises ValueError where the mesh of a run is not of the size of a machine.
+  """Raises ValueError where the mesh of a run is not of the size of a machine, or does not divide
+  the rows of a batch.
 
   Args:
     name: of the machine, for the message.
@@ -130,11 +131,20 @@ def check_mesh(
       f"many — set --gin_param 'make_mesh.slices = {slices}', or name another --target"
     )
   try:
-    mesh_shape(devices, **sizes)
+    data, fsdp, *_ = mesh_shape(devices, **sizes)
   except ValueError as error:
     raise ValueError(
       f"{name} has {devices} devices, and {error}{_repair(sizes, devices)}"
     ) from None
+  rows, parts = settings.value("batch_size"), settings.value("microbatches")
+  step = data * fsdp * parts
+  if rows % step:
+    raise ValueError(
+      f"train.batch_size={rows} in {parts} microbatches does not divide among the {data * fsdp} "
+      f"devices along data and fsdp of {name}: each would work on all rows — expected a multiple "
+      f"of {step} — set --gin_param 'train.batch_size = {-(-rows // step) * step}', or give "
+      "devices to make_mesh.tensor"
+    )
 
 
 def _repair(sizes: dict[str, int], devices: int) -> str:

@@ -148,6 +148,8 @@ def cluster(repository, script, tmp_path, monkeypatch) -> Cluster:
   for name in ("LICENSE", "README.md", "pyproject.toml"):
     (found.checkout / name).touch()
   shutil.copytree(repository / "configs", found.checkout / "configs")
+  run = Path(found.gin_file)  # with rows for the devices of every machine that a test names
+  run.write_text(run.read_text().replace("train.batch_size = 8", "train.batch_size = 384"))
   (found.checkout / "launch" / "train.py").write_text(RECORDING)
   (found.checkout / "launch" / "supervise.py").write_text(SUPERVISING)
   monkeypatch.setattr(importlib.import_module("launcher"), "ROOT", found.checkout)

@@ -25,7 +25,7 @@ def checked(launcher, repository):
     parser = argparse.ArgumentParser()
     launcher.add_run_options(parser, target="")
     run = ["--gin_file", str(repository / "configs/runs/quickstart.gin"), "--workdir", "/runs/a"]
-    arguments = parser.parse_args([*run, *words])
+    arguments = parser.parse_args([*run, "--gin_param", "train.batch_size = 32", *words])
     return launcher.checked_target(arguments, platform=platform, otherwise="another launcher")
 
   return check
@@ -57,6 +57,17 @@ def test_a_mesh_of_another_size_is_refused_with_what_would_do(
 def test_a_mesh_that_no_size_repairs_is_refused(checked):
   with pytest.raises(ValueError, match=r"h100:8 has 8 devices, .* -1 takes the rest$"):
     checked("--gin_param", "make_mesh.tensor = 3", "--target", "h100:8", "--skip_compile")
+
+
+def test_rows_that_do_not_divide_among_the_devices_are_refused(checked):
+  words = ["--target", "v5e:8x8", "--skip_compile"]
+  with pytest.raises(ValueError, match="among the 64 devices along data and fsdp") as error:
+    checked(*words, platform="tpu")
+  assert "--gin_param 'train.batch_size = 64'" in str(error.value)
+  checked(*words, "--gin_param", "make_mesh.tensor = 2", platform="tpu")
+  with pytest.raises(ValueError, match=r"in 2 microbatches .* set .*'train.batch_size = 128'"):
+    rows = ["--gin_param", "train.batch_size = 64", "--gin_param", "train.microbatches = 2"]
+    checked(*words, *rows, platform="tpu")
 
 
 def test_a_mistake_in_the_run_shows_before_anything_else(checked):
