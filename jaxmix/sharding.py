@@ -40,18 +40,51 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   sequence: int = 1,
+  slices: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh with the axes data, fsdp, tensor and sequence.
 
   Args:
-    data, fsdp, tensor, sequence: devices along each axis; at most one may be -1, which takes what
-      the others leave.
+    data, fsdp, tensor, sequence: devices along each axis within one slice; at most one may be -1,
+      which takes what the others leave.
+    slices: TPU slices that are joined over the data centre network. The data axis goes across them
+      outermost, with `slices` times `data` places, so that nothing but sums of gradients takes that
+      way. Devices that tell of no slices are cut into so many runs of neighbours.
     devices: the devices to arrange; None means all that this program sees.
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the devices lie on another
+      number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  shape = mesh_shape(
+    len(devices), data=data, fsdp=fsdp, tensor=tensor, sequence=sequence, slices=slices
+  )
+  types = (AxisType.Auto,) * len(shape)
+  if devices[0].platform != "tpu":
+    # In the order of ids, neighbours first: where a GPU calls its host a slice, jax.make_mesh would
+    # refuse several hosts.
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
+  parts: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    parts.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  if len(parts) != slices:
+    raise ValueError(
+      f"make_mesh: slices={slices}, and the devices lie on {len(parts)} — expected as many — set "
+      f"make_mesh.slices = {len(parts)}"
+    )
+  of_a_slice = (shape[0] // slices, *shape[1:])
+  placed = [
+    jax.make_mesh(of_a_slice, MESH_AXES, axis_types=types, devices=part).devices
+    for _, part in sorted(parts.items())
+  ]
+  return Mesh(np.concatenate(placed), MESH_AXES, axis_types=types)
+
+
+def mesh_shape(
+  devices: int, *, data: int, fsdp: int, tensor: int, sequence: int, slices: int
+) -> tuple[int, ...]:
+  """The sizes of the axes of `make_mesh` for a number of devices. Raises ValueError as it does."""
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
   text = ", ".join(f"{name}={size}" for name, size in sizes.items())
   free = [name for name, size in sizes.items() if size == -1]
@@ -60,16 +93,22 @@ def make_mesh(
       f"make_mesh: {text} — every size must be at least 1, and one of them may be -1 for the "
       "rest; set the others"
     )
+  if slices < 1 or devices % slices:
+    raise ValueError(
+      f"make_mesh: slices={slices} does not divide {devices} devices — expected the number of TPU "
+      "slices, 1 elsewhere — set slices to that"
+    )
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free:
-    sizes[free[0]] = len(devices) // fixed
-  if math.prod(sizes.values()) != len(devices):
+    sizes[free[0]] = devices // slices // fixed
+  if math.prod(sizes.values()) * slices != devices:
+    of_each = f"each of {slices} slices of " if slices > 1 else ""
     raise ValueError(
-      f"make_mesh: {text} does not fit {len(devices)} devices — the sizes must multiply to that; "
-      "-1 takes the rest"
+      f"make_mesh: {text} does not fit {of_each}{devices // slices} devices — the sizes must "
+      "multiply to that; -1 takes the rest"
     )
-  shape = tuple(sizes.values())
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+  sizes["data"] *= slices
+  return tuple(sizes.values())
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:

@@ -33,7 +33,8 @@ arrays read and written once, in the backward pass again, and the flops of its r
 programs ("program") are given the layouts of arrays that they want, as inside a model.
 
 targets:
-  TPU slices   v4:2x2x4 v5e:4x4 v5p:4x4x4 v6e:8x8 tpu7x:2x2x2; a bare name is one chip
+  TPU slices   v4:2x2x4 v5e:4x4 v5p:4x4x4 v6e:8x8 tpu7x:2x2x2; a bare name is one chip;
+               v5e:4x4:2 is two slices, for a run whose make_mesh.slices is 2
   GPUs         h100:8 is a host of 8, h100:4x8 four such hosts; also h200 a100 b200 a6000 rtx4090
                rtxpro6000; a bare name is one"""
 
@@ -219,7 +220,8 @@ def _sweep(run: Run, name: str, arguments: argparse.Namespace) -> tuple[dict, bo
   from jaxmix.compile_ahead.text import gib, table
 
   sizes = arguments.batch_size or [run.configuration().value("batch_size")]
-  candidates = sweep(run, target(name).device_count, sizes)
+  chip = target(name)
+  candidates = sweep(run, chip.device_count // chip.slices, sizes)
   found = [
     (params, report)
     for params, report in _compiled(run, name, candidates, arguments.workers)

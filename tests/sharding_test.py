@@ -37,6 +37,8 @@ def devices():
     ({"data": 3}, "data=3, fsdp=1, tensor=1, sequence=1 does not fit 8 devices"),
     ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
     ({"data": 1, "sequence": 3}, "sequence=3 does not fit 8 devices"),
+    ({"slices": 3}, "slices=3 does not divide 8 devices"),
+    ({"slices": 2, "data": 1}, "data=1, .* does not fit each of 2 slices of 4 devices"),
   ],
 )
 def test_mesh_that_cannot_be_is_refused(sizes, message):
@@ -51,6 +53,13 @@ def test_free_axis_takes_the_rest():
     "tensor": 2,
     "sequence": 1,
   }
+
+
+def test_data_goes_across_slices_outermost():
+  mesh = sharding.make_mesh(data=2, fsdp=2, slices=2)
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+  of_a_slice = mesh.devices.reshape(2, 4)
+  assert of_a_slice.tolist() == [jax.devices()[:4], jax.devices()[4:]]
 
 
 def test_axes_lie_where_the_tables_say():

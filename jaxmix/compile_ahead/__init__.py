@@ -70,6 +70,11 @@ def task(
 ) -> Task:
   """`report(fn, args, target)` as one of several for `compile_all`."""
   chip, mesh = find_target(target), mesh_of(args)
+  if chip.slices > 1:
+    raise ValueError(
+      f"{chip.name} has {chip.slices} slices — expected one: only the mesh of a run says what goes "
+      f"across slices — name {chip.chip}:{chip.topology}, or compile a run"
+    )
   if mesh.size != chip.device_count:
     raise ValueError(
       f"the arguments lie on a mesh of {mesh.size} devices {dict(mesh.shape)}, and {chip.name} has "

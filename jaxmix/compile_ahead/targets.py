@@ -1,6 +1,7 @@
 """Machines by name: how to compile for them where they are not, and the figures of one device.
 
     target("v5e:16x16")      256 chips of a TPU v5e slice        target("v5e")    one chip
+    target("v5e:16x16:2")    two such slices, over the network
     target("h100:4x8")       4 hosts of 8 H100                   target("h100:8") one host
 
 A *device* is what jax calls one: a chip, but half a chip on TPU7x. The figures are ceilings that no
@@ -56,8 +57,9 @@ class Target:
   """A machine to compile for. All rates and sizes are of one device, those in `core` of one core.
 
   Attributes:
-    name: as it was asked for; `chip` and `topology` are its parts, the latter as the compiler wants
-      it.
+    name: as it was asked for; `chip`, `topology` and `slices` are its parts. The topology is that
+      of one slice, as the compiler wants it; on GPUs there is one.
+    device_count, hosts: of all slices.
     platform: "tpu" or "cuda".
     extra: the pip extra of jaxmix that brings the compiler.
     device_kind: what a real device of this kind answers to in jax.
@@ -78,6 +80,7 @@ class Target:
   platform: str
   chip: str
   topology: str
+  slices: int
   device_count: int
   hosts: int
   devices_per_chip: int
@@ -95,7 +98,7 @@ class Target:
   links: tuple[Link, ...]
 
   def link(self, device_ids: Iterable[int]) -> Link | None:
-    """The nearest link that joins all these devices, by `device.id`.
+    """The nearest link that joins all these devices of a slice, by `device.id`.
 
     None where none is needed: a single device, or the two of a TPU7x chip, which talk faster than
     over ICI, at a rate that Google does not publish.
@@ -120,10 +123,12 @@ class Target:
 
     if self.platform == "tpu":
       name, options = f"{self.chip}:{self.topology}", {}
-      if self.device_count == self.devices_per_chip:
+      if self.device_count == self.slices * self.devices_per_chip:
         options["chips_per_host_bounds"] = [1, 1, 1]  # else a host holds 2x2 chips
       if self.chip == "v4":
         options["chip_config_name"] = "megacore"  # else each core of a chip is a device
+      if self.slices > 1:
+        options["num_slices"] = self.slices
     else:
       name, options = "gpu", {"target_config": _gpu_config(self), "topology": self.topology}
     try:
@@ -232,16 +237,17 @@ _MULTIPROCESSORS = {
 # fmt: on
 
 CHIPS = (*_TPUS, *_GPUS)
-_NAME = re.compile(r"([a-z0-9]+)(?::([1-9]\d*(?:x[1-9]\d*)*))?")
+_NAME = re.compile(r"([a-z0-9]+)(?::([1-9]\d*(?:x[1-9]\d*)*)(?::([1-9]\d*))?)?")
 _GPUS_OF_A_HOST = 8  # of the boards that cloud providers rent out
 
 
 def target(name: str) -> Target:
-  """The machine of that name: a chip of `CHIPS` alone, or CHIP:TOPOLOGY.
+  """The machine of that name: a chip of `CHIPS` alone, CHIP:TOPOLOGY, or CHIP:TOPOLOGY:SLICES.
 
   Args:
     name: `v5e:16x16`, `v6e:8x8` (two dimensions), `v4:2x2x4`, `v5p:4x4x4`, `tpu7x:4x4x4` (three),
-      `h100:8` (a host of eight) or `h100:4x8` (four such hosts); `v5e` or `h100`, one chip.
+      `v5e:16x16:2` (two slices, joined by the data centre network), `h100:8` (a host of eight) or
+      `h100:4x8` (four such hosts); `v5e` or `h100`, one chip.
   Raises:
     ValueError: no such chip, or no such slice of it; the message has the nearest that exists.
   """
@@ -255,10 +261,17 @@ def target(name: str) -> Target:
       f"of {', '.join(CHIPS)} — {'did you mean' if nearest else 'write'} {chip}, or {example}?"
     )
   sizes = [int(size) for size in match[2].split("x")] if match[2] else []
-  return (_tpu if match[1] in _TPUS else _gpu)(name, match[1], sizes)
+  if match[1] in _TPUS:
+    return _tpu(name, match[1], sizes, slices=int(match[3] or 1))
+  if match[3]:
+    raise ValueError(
+      f"target {name!r}: {match[3]} slices of GPUs — expected hosts x GPUs of each, only TPUs come "
+      f"in slices — write {match[1]}:{match[3]}x{math.prod(sizes)}"
+    )
+  return _gpu(name, match[1], sizes)
 
 
-def _tpu(name: str, chip: str, sizes: list[int]) -> Target:
+def _tpu(name: str, chip: str, sizes: list[int], *, slices: int) -> Target:
   row = _TPUS[chip]
   one, most = [1] * len(row.largest), math.prod(row.largest)
   sizes = sizes or one
@@ -283,8 +296,9 @@ def _tpu(name: str, chip: str, sizes: list[int]) -> Target:
     platform="tpu",
     chip=chip,
     topology=_join(sizes),
-    device_count=chips * row.devices,
-    hosts=max(chips // 4, 1),
+    slices=slices,
+    device_count=slices * chips * row.devices,
+    hosts=slices * max(chips // 4, 1),
     devices_per_chip=row.devices,
     extra="tpu",
     device_kind=row.device_kind,
@@ -321,6 +335,7 @@ def _gpu(name: str, chip: str, sizes: list[int]) -> Target:
     platform="cuda",
     chip=chip,
     topology=_join([1, hosts, of_a_host]),
+    slices=1,
     device_count=hosts * of_a_host,
     hosts=hosts,
     devices_per_chip=1,

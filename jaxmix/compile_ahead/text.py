@@ -82,6 +82,8 @@ def run_text(run: RunReport) -> str:
       f"jax takes {chip.default_memory_fraction:.0%} of this memory by default: set "
       "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
     )
+  if chip.slices > 1:
+    lines.append("what slices send one another is not in these times: its rate is not known")
   if report.unpriced:
     lines.append(f"without a cost estimate, so not in the flops: {', '.join(report.unpriced)}")
   if report.unknown_loops:

@@ -67,7 +67,7 @@ def _report(task: Task, dumps: pathlib.Path) -> str:
     memory=_memory(compiled.memory_analysis(), chip),
     flops=counted.flops,
     hbm_bytes=counted.hbm_bytes,
-    collectives=collectives(module, dict(mesh.shape)),
+    collectives=collectives(module, _of_a_slice(mesh)),
     pallas_kernels=counted.kernels,
     unpriced=tuple(counted.unpriced),
     unknown_loops=tuple(module.unknown_loops),
@@ -78,6 +78,13 @@ def _report(task: Task, dumps: pathlib.Path) -> str:
   ).to_json()
   keep(key, report)
   return report
+
+
+def _of_a_slice(mesh: Mesh) -> dict[str, int]:
+  """The mesh within one slice, whose devices alone a compiled program names: axis -> size."""
+  slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+  (outermost, size), *rest = mesh.shape.items()
+  return {outermost: size // slices, **dict(rest)}
 
 
 def _memory(stats, chip: Target) -> Memory:

@@ -142,6 +142,8 @@ def test_a_mesh_of_another_size_is_refused():
     compile_ahead.memory(mean, (shaped(64, 64, sharding=place),), "v5e:2x2")
   with pytest.raises(ValueError, match=r"mesh of 1 devices"):
     compile_ahead.memory(mean, (shaped(64, 64),), "v5e:2x2")
+  with pytest.raises(ValueError, match=r"v5e:2x2:2 has 2 slices — expected one.* name v5e:2x2, or"):
+    compile_ahead.memory(mean, (shaped(64, 64, sharding=place),), "v5e:2x2:2")
 
 
 @pytest.mark.parametrize(

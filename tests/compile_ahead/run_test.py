@@ -60,6 +60,18 @@ def test_bound_and_mfu(run, found):
   assert {row.axes for row in found.report.collectives} >= {("fsdp",)}
 
 
+def test_a_run_on_two_slices_sends_within_each(repository):
+  if (reason := compile_ahead.installed("tpu")) is not None:
+    pytest.skip(reason)
+  files = (f"configs/{name}.gin" for name in ("runs/quickstart", "mesh/fsdp_slices2"))
+  tiny = ('Decoder.pattern = ("linear_attention",)', "Decoder.mixers = None", "Decoder.depth = 1")
+  run = Run(tuple(str(repository / name) for name in files), tiny)
+  report = run_report(run, compile_ahead.compile_one(run_task(run, "v5e:2x2:2")))
+  assert report.report.mesh["data"] == 2 and report.report.mesh["fsdp"] == 4
+  assert {row.group_size for row in report.report.collectives} == {4}, "of the four of a slice"
+  assert "what slices send one another is not in these times" in run_text(report)
+
+
 def test_text_and_json_hold_the_figures(found):
   text = run_text(found)
   assert "h100:8: 8 x NVIDIA H100" in text and "(data=2, fsdp=4)" in text

@@ -25,6 +25,7 @@ import jax, jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jaxmix.compile_ahead.targets import target
+from jaxmix.sharding import make_mesh
 
 found = {}
 for name in sys.argv[1:]:
@@ -35,6 +36,9 @@ for name in sys.argv[1:]:
     "ids": [device.id for device in devices],
     "kind": devices[0].device_kind,
   }
+  if target(name).slices > 1:
+    mesh = make_mesh(data=1, fsdp=-1, slices=2, devices=devices[::-1])
+    found[name]["mesh"] = [[x.slice_index for x in row.flat] for row in mesh.devices]
   if target(name).platform == "tpu" and ":" not in name:
     mesh = jax.make_mesh((len(devices),), ("device",), devices=devices)
     whole = NamedSharding(mesh, jax.P())
@@ -65,7 +69,8 @@ def tpus(repository) -> dict[str, dict]:
   """Name -> what the TPU compiler says of that target: a slice and a single chip of each kind."""
   if (reason := installed("tpu")) is not None:
     pytest.skip(reason)
-  return run_program(repository, *TPUS, *(f"{chip}:{shape}" for chip, shape in TPUS.items()))
+  slices = (f"{chip}:{shape}" for chip, shape in TPUS.items())
+  return run_program(repository, *TPUS, *slices, "v6e:2x2:2")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,7 @@ def gpus(repository) -> dict[str, dict]:
     ("v5p:4x4x4", "4x4x4", 64, 16),
     ("tpu7x:4x4x4", "4x4x4", 128, 16),
     ("tpu7x", "1x1x1", 2, 1),
+    ("v5e:4x4:3", "4x4", 48, 12),
     ("h100:8", "1x1x8", 8, 1),
     ("h100:4x8", "1x4x8", 32, 4),
     ("a6000", "1x1x1", 1, 1),
@@ -113,6 +119,8 @@ def test_a_name_says_devices_and_hosts(name, topology, devices, hosts):
     ("v5e:64x64", "no v5e slice of 64x64 .* at most 256 chips — write v5e:16x16"),
     ("h100:64", "no 64 h100 .* 8 at most, .* write h100:8, or h100:8x8"),
     ("h100:2x4x8", "no 2x4x8 h100 .* hosts x GPUs of each"),
+    ("h100:8:4", "4 slices of GPUs .* only TPUs come in slices — write h100:4x8"),
+    ("v5e:4x4:0", "expected CHIP or CHIP:TOPOLOGY"),
   ],
 )
 def test_a_wrong_name_is_refused_with_one_that_exists(name, message):
@@ -127,7 +135,10 @@ def test_the_tpu_compiler_finds_these_devices(tpus):
     found = target(name)
     assert (said["devices"], said["hosts"]) == (found.device_count, found.hosts), name
     assert said["kind"] == found.device_kind
-    assert sorted(said["ids"]) == list(range(found.device_count))
+    if found.slices == 1:
+      assert sorted(said["ids"]) == list(range(found.device_count))
+    else:  # each slice by itself counts on from a number of its own; data goes across them
+      assert said["mesh"] == [[0] * 4, [1] * 4]
 
 
 def test_the_gpu_compiler_finds_these_devices(gpus):

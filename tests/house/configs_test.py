@@ -127,6 +127,7 @@ def test_every_part_is_in_use():
   parts = [path for path in CONFIGS.rglob("*.gin") if path.parent.name != "runs"]
   assert len(parts) >= 8
   unused = [str(path.relative_to(CONFIGS)) for path in parts if path.name not in included]
-  # A mesh to choose, as fsdp.gin is; and what a test above puts in the place of a run's model.
-  chosen = {"mesh/fsdp_tensor4.gin", *(f"models/{name}.gin" for name in OTHER_SIZES)}
+  # Meshes to choose, as fsdp.gin is; and what a test above puts in the place of a run's model.
+  meshes = {"mesh/fsdp_tensor4.gin", "mesh/fsdp_slices2.gin"}
+  chosen = meshes | {f"models/{name}.gin" for name in OTHER_SIZES}
   assert set(unused) <= chosen, unused
