@@ -11,7 +11,7 @@ import importlib
 
 _HOMES = {
   "BPE": "subword",
-  "Batches": "pipeline",
+  "Batches": "batches",
   "ByteTokenizer": "tokenizers",
   "IDXImages": "images",
   "ImageArchives": "image_archives",
@@ -21,6 +21,7 @@ _HOMES = {
   "LocalFiles": "local_files",
   "Outline": "outline",
   "SentencePairs": "sentence_pairs",
+  "ShardedSource": "sources",
   "Source": "sources",
   "SplitFiles": "local_files",
   "StandardLibrary": "sources",
