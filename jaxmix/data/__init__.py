@@ -19,6 +19,7 @@ _HOMES = {
   "LabelledSource": "labelled",
   "LabelledText": "labelled_text",
   "LocalFiles": "local_files",
+  "Mixture": "mixture",
   "Outline": "outline",
   "SentencePairs": "sentence_pairs",
   "ShardedSource": "sources",

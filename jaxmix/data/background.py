@@ -20,10 +20,11 @@ class Background:
 
   def __init__(self):
     self._closed = threading.Event()
+    self._changing = threading.Lock()
     self._threads: list[threading.Thread] = []
 
   def start(self, work: Callable[[], T]) -> Future[T]:
-    """What `work` returns or raises."""
+    """What `work` returns or raises; CancelledError where this is closed."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -33,19 +34,29 @@ class Background:
         future.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True, name="jaxmix-background")
-    self._threads = [other for other in self._threads if other.is_alive()] + [thread]
-    thread.start()
+    with self._changing:
+      if self._closed.is_set():
+        future.set_exception(_closed())
+      else:
+        thread.start()
+        self._threads = [each for each in (*self._threads, thread) if each.is_alive()]
     return future
 
   def until_closed(self, items: Iterable[T]) -> Iterator[T]:
     """The items; CancelledError once this is closed."""
     for item in items:
       if self._closed.is_set():
-        raise CancelledError("the batches that this was read for are closed")
+        raise _closed()
       yield item
 
   def close(self) -> None:
     """Returns when no thread is at work any more."""
-    self._closed.set()
+    with self._changing:
+      self._closed.set()
     for thread in self._threads:
-      thread.join()
+      if thread is not threading.current_thread():  # which may be collecting garbage
+        thread.join()
+
+
+def _closed() -> CancelledError:
+  return CancelledError("the batches that this was read for are closed")

@@ -3,9 +3,10 @@ in order."""
 
 from __future__ import annotations
 
+import abc
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -18,25 +19,19 @@ from jaxmix.data.background import Background
 from jaxmix.data.checks import check_integer, check_shard
 from jaxmix.data.lanes import Dealing, Lane
 from jaxmix.data.packing import Row, Rows, stack
+from jaxmix.data.schedule import Schedule
 
 
-class Batches:
+class Batches(abc.ABC):
   """Batches without end, and the place in them.
 
   Made by the `batches` of a data set. An iterator of dicts of arrays [B, ...]; batches that were
   read ahead but not yet taken do not count for the place.
   """
 
-  def __init__(
-    self,
-    dataset: grain.IterDataset,
-    *,
-    fingerprint: dict[str, Any],
-    epochs: Callable[[int], dict[str, float]],
-  ):
+  def __init__(self, dataset: grain.IterDataset, *, fingerprint: dict[str, Any]):
     self._iterator = iter(dataset)
     self._fingerprint = fingerprint
-    self._epochs = epochs  # by how many rows all hosts have taken
 
   def __iter__(self) -> Batches:
     return self
@@ -45,18 +40,18 @@ class Batches:
     return next(self._iterator)
 
   @property
+  @abc.abstractmethod
   def step(self) -> int:
     """The number of batches taken."""
-    return int(self._iterator.get_state()["next_index"])
 
   @property
+  @abc.abstractmethod
   def epochs(self) -> dict[str, float]:
     """How often the split has been read: {"epoch": 1.5} is in the middle of the second epoch.
 
     A mixture has a figure for each source, {"epoch_<name>": ...}. Where text is read by shards, it
     is that of the shards of this host.
     """
-    return self._epochs(self.step * self._fingerprint["batch_size"])
 
   def get_state(self) -> dict[str, Any]:
     """The place, JSON-able and equal on all hosts: batches taken, and what they are drawn from.
@@ -91,6 +86,34 @@ class Batches:
     check_integer("step", state["step"], minimum=0)
     self._go_to(state)
 
+  @abc.abstractmethod
+  def _go_to(self, state: dict[str, Any]) -> None:
+    """Goes to a place that is of these batches."""
+
+
+class IndexedBatches(Batches):
+  """Batches of rows that are found by their number; `epochs` goes by the rows of all hosts."""
+
+  def __init__(
+    self,
+    dataset: grain.IterDataset,
+    *,
+    fingerprint: dict[str, Any],
+    epochs: Callable[[int], dict[str, float]],
+  ):
+    super().__init__(dataset, fingerprint=fingerprint)
+    self._epochs = epochs
+
+  @property
+  def step(self) -> int:
+    """The number of batches taken."""
+    return int(self._iterator.get_state()["next_index"])
+
+  @property
+  def epochs(self) -> dict[str, float]:
+    """See `Batches.epochs`."""
+    return self._epochs(self.step * self._fingerprint["batch_size"])
+
   def _go_to(self, state: dict[str, Any]) -> None:
     self._iterator.set_state({"next_index": state["step"]})
 
@@ -109,15 +132,22 @@ class LaneBatches(Batches):
   ):
     batched = Dealing(lanes).batch(rows, drop_remainder=True)
     ahead = ThreadPrefetchIterDataset(batched, prefetch_buffer_size=options.prefetch_buffer_size)
-    super().__init__(ahead, fingerprint=fingerprint, epochs=self._mean_epochs)
+    super().__init__(ahead, fingerprint=fingerprint)
     self._lanes = lanes
     self._rows = rows  # of a batch on this host
-    weakref.finalize(self, _close, background, self._iterator)  # also when the process ends
+    weakref.finalize(self, _close, background, vars(self))  # also when the process ends
 
   @property
   def step(self) -> int:
     """The number of batches taken."""
     return self._iterator.get_state()["drawn"] // self._rows
+
+  @property
+  def epochs(self) -> dict[str, float]:
+    """See `Batches.epochs`."""
+    places = self._places()
+    each = [lane.epochs(places[str(number)]) for number, lane in self._lanes.items()]
+    return {name: sum(epochs[name] for epochs in each) / len(each) for name in each[0]}
 
   def get_state(self) -> dict[str, Any]:
     """See `Batches.get_state`; "lanes" has the place in each lane."""
@@ -136,11 +166,6 @@ class LaneBatches(Batches):
 
   def _places(self) -> dict[str, Any]:
     return self._iterator.get_state()["lanes"]
-
-  def _mean_epochs(self, _: int) -> dict[str, float]:
-    places = self._places()
-    each = [lane.epochs(places[str(number)]) for number, lane in self._lanes.items()]
-    return {name: sum(epochs[name] for epochs in each) / len(each) for name in each[0]}
 
 
 def read_options(*, num_threads: int, prefetch: int) -> grain.ReadOptions:
@@ -197,6 +222,11 @@ def shuffled(rows: Rows, seed: int) -> grain.MapDataset:
   return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 
+def mixed(orders: Sequence[grain.MapDataset], schedule: Schedule) -> grain.MapDataset:
+  """The rows of several orders by index, in the turns of a schedule."""
+  return grain.MapDataset.select_from_datasets(orders, schedule)
+
+
 def indexed_batches(
   order: grain.MapDataset,
   *,
@@ -215,7 +245,7 @@ def indexed_batches(
   """
   index, count = check_shard(shard, batch_size)
   local = order[index::count].batch(batch_size // count, drop_remainder=True)
-  return Batches(
+  return IndexedBatches(
     local.to_iter_dataset(options),
     fingerprint={**fingerprint, "batch_size": int(batch_size)},
     epochs=epochs,
@@ -258,9 +288,11 @@ def ordered_batches(rows: Rows, *, batch_size: int, shard: tuple[int, int]) -> I
     yield stack([rows[place] if place < len(rows) else padding for place in places])
 
 
-def _close(background: Background, iterator: grain.DatasetIterator) -> None:
+def _close(background: Background, attributes: dict[str, Any]) -> None:
   background.close()
-  iterator.close()
+  # Taken away: an iterator of Grain that is left to the end of the interpreter closes itself once
+  # more, when what it needs for that is gone.
+  attributes.pop("_iterator").close()
 
 
 def _of_all_hosts(places: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import grain
-from grain.experimental import index_shuffle
+import numpy as np
 
 from jaxmix.data.background import Background
 from jaxmix.data.packing import Row, Rows
+from jaxmix.data.schedule import Schedule
 
 Place = dict[str, Any]
 
@@ -108,8 +109,7 @@ class ShardLane:
 
   def __next__(self) -> Row:
     rows = self._current_rows()
-    shard = self._shard(self._visit)
-    row = rows[_shuffled(self._row, self._rows, self._seed, shard, self._visit)]
+    row = rows[self._row]
     self._row += 1
     if 2 * self._row >= self._rows:
       self._open(self._visit + 1)
@@ -130,7 +130,7 @@ class ShardLane:
     return {"epoch": place["epoch"] + (place["turn"] + in_shard) / len(self._shards)}
 
   def _current_rows(self) -> Rows:
-    for _ in self._shards:
+    for _ in range(2 * len(self._shards)):  # every shard comes up, whatever the two orders
       self._open(self._visit)
       rows = self._opening[self._visit].result()
       if self._row and len(rows) != self._rows:
@@ -154,13 +154,48 @@ class ShardLane:
 
   def _shard(self, visit: int) -> int:
     epoch, turn = divmod(visit, len(self._shards))
-    return self._shards[_shuffled(turn, len(self._shards), self._seed, self._shards[0], epoch)]
+    return self._shards[_permutation(len(self._shards), self._seed, self._shards[0], epoch)[turn]]
 
   def _open(self, visit: int) -> None:
     if visit not in self._opening:
-      self._opening[visit] = self._background.start(
-        functools.partial(self._open_shard, self._shard(visit))
-      )
+      self._opening[visit] = self._background.start(functools.partial(self._shuffled, visit))
+
+  def _shuffled(self, visit: int) -> Rows:
+    shard = self._shard(visit)
+    rows = self._open_shard(shard)
+    return _Shuffled(rows, _permutation(len(rows), self._seed, shard, visit))
+
+
+class MixedLane:
+  """Rows of several lanes, in the turns of a schedule from its row `first` on."""
+
+  def __init__(self, lanes: Mapping[str, Lane], schedule: Schedule, *, first: int):
+    self._lanes, self._schedule, self._first = lanes, schedule, first
+    self._turns = list(lanes.values())
+    self._drawn = 0
+
+  def prepare(self) -> None:
+    for lane in self._turns:
+      lane.prepare()
+
+  def __next__(self) -> Row:
+    source, _ = self._schedule[self._first + self._drawn]
+    row = next(self._turns[source])
+    self._drawn += 1
+    return row
+
+  def place(self) -> Place:
+    places = {name: lane.place() for name, lane in self._lanes.items()}
+    return {"drawn": self._drawn, "sources": places}
+
+  def seek(self, place: Place) -> None:
+    self._drawn = place["drawn"]
+    for name, lane in self._lanes.items():
+      lane.seek(place["sources"][name])
+
+  def epochs(self, place: Place) -> dict[str, float]:
+    each = {name: lane.epochs(place["sources"][name]) for name, lane in self._lanes.items()}
+    return {f"epoch_{name}": epochs["epoch"] for name, epochs in each.items()}
 
 
 class Dealing(grain.IterDataset):
@@ -203,8 +238,21 @@ class _DealingIterator(grain.DatasetIterator):
       lane.prepare()
 
 
-def _shuffled(index: int, count: int, *key: int) -> int:
-  """Where `index` of `count` goes in the order that `key` stands for; the same everywhere."""
+class _Shuffled:
+  """Rows in an order of their own."""
+
+  def __init__(self, rows: Rows, order: np.ndarray):
+    self._rows, self._order = rows, order
+
+  def __len__(self) -> int:
+    return len(self._order)
+
+  def __getitem__(self, index: int) -> Row:
+    return self._rows[int(self._order[index])]
+
+
+def _permutation(count: int, *key: int) -> np.ndarray:
+  """The order of `count` things that `key` stands for; the same everywhere."""
   digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-  seed = int.from_bytes(digest, "big")
-  return index_shuffle(index, max_index=count - 1, seed=seed, rounds=4)
+  # RandomState, whose numbers no version of NumPy will change; Generator does not promise that.
+  return np.random.RandomState(int.from_bytes(digest, "big")).permutation(count)

@@ -239,6 +239,8 @@ class TextDataset:
 
   def _check_shared(self, split: str, hosts: int) -> None:
     """Raises ValueError where there are too few shards, or the hosts cannot share the readers."""
+    if self.readers is None:
+      return
     shards, readers = len(self.source.shards(split)), self.readers
     if max(hosts, readers) > shards:
       what = f"the {hosts} hosts" if hosts > shards else f"readers={readers}"
