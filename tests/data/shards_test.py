@@ -6,6 +6,7 @@ import collections
 import itertools
 import json
 import re
+import socket
 import subprocess
 import sys
 
@@ -345,3 +346,41 @@ def test_a_process_ends_at_once_and_quietly_while_a_shard_is_being_read(tmp_path
   command = [sys.executable, "-c", script, str(tmp_path)]
   done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
   assert "reading" in done.stdout and not done.stderr
+
+
+ONE_OF_TWO = """
+import json, sys
+import jax
+
+port, index, corpus = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+from jaxmix.data import ByteTokenizer, LocalFiles, TextDataset
+
+source = LocalFiles(train=corpus + "/train-*.txt", document="line")
+data = TextDataset(
+  source, ByteTokenizer(), length=32, readers=4, cache_dir=f"{corpus}/.cache {index}"
+)
+batches = data.batches("train", batch_size=8, seed=3, shard=(index, 2))
+for _ in range(45):
+  next(batches)
+print(json.dumps(batches.get_state()))
+"""
+
+
+def test_processes_tell_one_another_where_they_stand(make, corpus):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = str(probe.getsockname()[1])
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", ONE_OF_TWO, port, str(index), str(corpus)],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  states = [json.loads(output.splitlines()[-1]) for output in outputs]  # gloo speaks before
+  (alone,) = hosts_of(make, 1)
+  take(alone, 45)
+  assert states == [alone.get_state()] * 2
