@@ -45,9 +45,10 @@ class TextDataset:
       share. A reader has every readers-th shard of the source and reads one at a time: a host opens
       and tokenises only the shards of its readers, each when it is its turn. The shards come in an
       order of each epoch's own, the rows of a shard in one of each visit's. A reader begins its
-      next epoch when it is through with its own shards, so these should be of one size.
+      next epoch when it is through with its own shards: these should be of one size, and their
+      number a multiple of the readers. The more readers, the better rows are mixed.
     num_threads: threads that read ahead; 0 reads when asked. One suits small machines: more contend
-      for the interpreter.
+      for the interpreter. With `readers` there is one at most, beside those that open shards.
     prefetch: batches read ahead.
   Raises:
     TypeError, ValueError: an argument is not what it should be. What is wrong with the text, or

@@ -203,6 +203,8 @@ def test_array_record_files_are_shards_as_text_files_are(corpus, tmp_path):
   assert seen[0] and seen[1] and not seen[0] & seen[1]
   with pytest.raises(ValueError, match="made from other text or in other shards"):
     prepare_tfds(source, name="corpus", data_dir=tmp_path, shards=2)
+  with pytest.raises(ValueError, match="shards=0 — expected a whole number of at least 1"):
+    prepare_tfds(source, name="corpus", data_dir=tmp_path, shards=0)
 
 
 def test_shards_without_a_row_are_passed_over(corpus, tmp_path):
