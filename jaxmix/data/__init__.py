@@ -11,7 +11,7 @@ import importlib
 
 _HOMES = {
   "BPE": "subword",
-  "Batches": "pipeline",
+  "Batches": "batches",
   "ByteTokenizer": "tokenizers",
   "IDXImages": "images",
   "ImageArchives": "image_archives",
@@ -19,8 +19,10 @@ _HOMES = {
   "LabelledSource": "labelled",
   "LabelledText": "labelled_text",
   "LocalFiles": "local_files",
+  "Mixture": "mixture",
   "Outline": "outline",
   "SentencePairs": "sentence_pairs",
+  "ShardedSource": "sources",
   "Source": "sources",
   "SplitFiles": "local_files",
   "StandardLibrary": "sources",

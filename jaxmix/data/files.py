@@ -88,6 +88,13 @@ def _damaged(path: Path, error: Exception) -> ValueError:
   )
 
 
+def sizes(files: Sequence[Path]) -> dict[str, Any]:
+  """How many files, their size and a hash of names and sizes; reads none of them."""
+  listed = [(file.name, file.stat().st_size) for file in files]
+  digest = hashlib.blake2b(repr(listed).encode(), digest_size=16).hexdigest()
+  return {"files": len(files), "bytes": sum(size for _, size in listed), "digest": digest}
+
+
 def content(files: Sequence[Path]) -> dict[str, Any]:
   """How many files, their size and a hash of names and bytes: part of a source's fingerprint."""
   digest, size = hashlib.blake2b(digest_size=16), 0

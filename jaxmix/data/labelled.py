@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxmix.data.batches import Batches, ordered_batches, read_options, shuffled_batches
 from jaxmix.data.checks import check_protocol, check_shard
 from jaxmix.data.outline import Outline
 from jaxmix.data.packing import Row, Rows
-from jaxmix.data.pipeline import Batches, ordered_batches, read_options, shuffled_batches
 from jaxmix.data.sources import check_split
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmix.data.files import PACKED, PathOrPaths, as_list, content, find, unpacked
+from jaxmix.data.files import PACKED, PathOrPaths, as_list, content, find, sizes, unpacked
 from jaxmix.data.sources import check_split, with_text
 
 DocumentKind = Literal["file", "line", "paragraph"]
@@ -157,20 +157,30 @@ class LocalFiles:
 
   def documents(self, split: str) -> Iterator[str]:
     """The documents of `split`, file after file; within a glob or a folder by name."""
-    check_split(self, split)
-    paths = self._paths[split]
     texts = (
       text
-      for path in find(paths)
+      for path in self._files(split)
       for text in self._reading.documents(path, unpacked(path), first=0)
     )
-    yield from with_text(texts, where=f"split {split!r} ({', '.join(paths)})")
+    yield from with_text(texts, where=f"split {split!r} ({', '.join(self._paths[split])})")
 
   def fingerprint(self, split: str) -> dict[str, Any]:
     """How the files are read, and their names, size and content."""
+    return {"kind": "LocalFiles", **self._reading.fingerprint(), **content(self._files(split))}
+
+  def shards(self, split: str) -> list[tuple[str, LocalFiles]]:
+    """Each file that is not empty, as a source of its own."""
+    files = [file for file in self._files(split) if file.stat().st_size]
+    reading = self._reading.fingerprint()
+    return [(str(file), LocalFiles(**{split: file}, **reading)) for file in files]
+
+  def manifest(self, split: str) -> dict[str, Any]:
+    """How the files are read, and their names and sizes."""
+    return {"kind": "LocalFiles", **self._reading.fingerprint(), **sizes(self._files(split))}
+
+  def _files(self, split: str) -> list[Path]:
     check_split(self, split)
-    files = find(self._paths[split])
-    return {"kind": "LocalFiles", **self._reading.fingerprint(), **content(files)}
+    return find(self._paths[split])
 
 
 class SplitFiles:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxmix.data.token_store import TokenStore
 
 Packing = Literal["documents", "blocks", "none"]
+Purpose = Literal["training", "evaluation", "shard"]
 Row = dict[str, np.ndarray]
 
 PACKINGS = ("documents", "blocks", "none")
@@ -96,14 +97,13 @@ class DocumentRows:
     return row
 
 
-def make_rows(
-  store: TokenStore, *, length: int, packing: Packing, purpose: Literal["training", "evaluation"]
-) -> Rows:
+def make_rows(store: TokenStore, *, length: int, packing: Packing, purpose: Purpose) -> Rows:
   """The rows of a store.
 
   "blocks": one stream; the tail is dropped in training and padded in evaluation. "documents":
   pieces of documents, several a row. "none": one document a row. Evaluation has each target once,
-  and so does training but for the tail of the blocks.
+  and so does training but for the tail of the blocks. A "shard" is a part of what is trained on: it
+  may be too short for any row.
 
   Raises:
     ValueError: in training, blocks longer than the whole split, or with packing="none" a length of
@@ -111,7 +111,7 @@ def make_rows(
       nothing to predict at all.
   """
   targets = count_targets(store, packing=packing)
-  if not targets:
+  if not targets and purpose != "shard":
     raise ValueError(
       f"packing={packing!r} finds nothing to predict in {len(store.tokens)} tokens of "
       f"{store.documents} documents — expected a document of two tokens — give more text"
@@ -123,7 +123,7 @@ def make_rows(
         f"are {len(store.tokens)} — expected at least one block — set length={targets} or less, or "
         "give more text"
       )
-    tail = "drop" if purpose == "training" else "pad"
+    tail = "pad" if purpose == "evaluation" else "drop"
     return BlockRows(store.tokens, length=length, tail=tail)
   if packing == "none":
     _check_fit(store, length=length, purpose=purpose)
@@ -218,7 +218,7 @@ def _best_fit(sizes: np.ndarray, *, capacity: int) -> np.ndarray:
   return rows
 
 
-def _check_fit(store: TokenStore, *, length: int, purpose: str) -> None:
+def _check_fit(store: TokenStore, *, length: int, purpose: Purpose) -> None:
   sizes = np.diff(store.offsets)
   longest = int(sizes.max())
   if longest - 1 > length:

@@ -1,23 +1,27 @@
-"""Batches for training and evaluation: rows shuffled by seed, shared among hosts, resumable.
-
-The only file that imports Grain.
-"""
+"""Text as batches: from a source and a tokenizer to rows for training and evaluation."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
-import numpy as np
-
 from jaxmix.data import packing as rows_of
+from jaxmix.data.background import Background
+from jaxmix.data.batches import (
+  Batches,
+  check_seed,
+  dealt_batches,
+  ordered_batches,
+  read_options,
+  shuffled,
+  shuffled_batches,
+)
 from jaxmix.data.checks import check_integer, check_protocol, check_shard
+from jaxmix.data.lanes import IndexLane, Lane, ShardLane
 from jaxmix.data.outline import Outline, text_outline
-from jaxmix.data.packing import Packing, Row, Rows
-from jaxmix.data.sources import Source, check_split
+from jaxmix.data.packing import Packing, Purpose, Row, Rows
+from jaxmix.data.sources import ShardedSource, Source, check_split
 from jaxmix.data.token_store import Separator, TokenStore, open_token_store
 from jaxmix.data.tokenizers import Tokenizer
 
@@ -36,8 +40,15 @@ class TextDataset:
     separator: "end": the tokenizer's end_id follows each document, where it has one; "none":
       nothing does, as in the literature on WikiText-2.
     cache_dir: where tokens are kept; None is $XDG_CACHE_HOME/jaxmix or ~/.cache/jaxmix.
+    readers: None: the split is tokenised whole, and its rows are shuffled among all. A number: for
+      more text than a disk holds, `batches` deals its rows from so many readers, which the hosts
+      share. A reader has every readers-th shard of the source and reads one at a time: a host opens
+      and tokenises only the shards of its readers, each when it is its turn. The shards come in an
+      order of each epoch's own, the rows of a shard in one of each visit's. A reader begins its
+      next epoch when it is through with its own shards: these should be of one size, and their
+      number a multiple of the readers. The more readers, the better rows are mixed.
     num_threads: threads that read ahead; 0 reads when asked. One suits small machines: more contend
-      for the interpreter.
+      for the interpreter. With `readers` there is one at most, beside those that open shards.
     prefetch: batches read ahead.
   Raises:
     TypeError, ValueError: an argument is not what it should be. What is wrong with the text, or
@@ -53,10 +64,14 @@ class TextDataset:
     packing: Packing = "documents",
     separator: Separator = "end",
     cache_dir: str | os.PathLike | None = None,
+    readers: int | None = None,
     num_threads: int = 1,
     prefetch: int = 16,
   ):
     check_protocol("source", source, Source, example="LocalFiles")
+    if readers is not None:
+      check_integer("readers", readers, minimum=1)
+      check_protocol("with readers, source", source, ShardedSource, example="LocalFiles")
     check_protocol("tokenizer", tokenizer, Tokenizer, example="ByteTokenizer")
     if packing not in rows_of.PACKINGS:
       raise ValueError(
@@ -70,6 +85,7 @@ class TextDataset:
     self.length = int(length)
     self.packing = packing
     self.separator = separator
+    self.readers = readers
     self._cache_dir = cache_dir
     self._read_options = read_options(num_threads=num_threads, prefetch=prefetch)
     self._stores: dict[str, TokenStore] = {}
@@ -88,45 +104,59 @@ class TextDataset:
     """The UTF-8 bytes of the documents of a split."""
     return self._store(split).text_bytes
 
-  def targets(self, split: str) -> int:
-    """The number of targets of a split: what the weights of `epoch` sum to."""
+  def targets(self, split: str) -> int | None:
+    """The number of targets of a split: what the weights of `epoch` sum to.
+
+    None for "train" with `readers`: nobody reads all of it.
+    """
+    if self.readers is not None and split == "train":
+      return None
     return rows_of.count_targets(self._store(split), packing=self.packing)
 
-  def bytes_per_target(self, split: str) -> float:
-    """UTF-8 bytes of the split for each target: bits per byte = nats per target / ln 2 / this."""
-    return self.text_bytes(split) / self.targets(split)
+  def bytes_per_target(self, split: str) -> float | None:
+    """UTF-8 bytes of the split for each target: bits per byte = nats per target / ln 2 / this.
+
+    None where `targets` is.
+    """
+    targets = self.targets(split)
+    return None if targets is None else self.text_bytes(split) / targets
 
   def batches(
     self, split: str, *, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
   ) -> Batches:
     """Batches for training, without end; every epoch has each row once, in an order of its own.
 
-    The order depends on the seed only. Of each global batch of `batch_size` rows, host `index` of
-    `count` takes every count-th row, so a step covers the same rows on any number of hosts.
+    The order depends on the seed only, and with `readers` on their number. Of each global batch of
+    `batch_size` rows, host `index` of `count` takes every count-th row, so a step covers the same
+    rows on any number of hosts; with `readers`, on any that divides them.
 
     Args:
       batch_size: rows of a global batch.   seed: of the order, 0 to 2**32 - 1.
       shard: (index, count) of this host; it gets batch_size // count rows a batch.
     Raises:
       ValueError: batch_size is no multiple of count or more than the rows of the split, or the text
-        does not fit `length`.
+        does not fit `length`; there are fewer shards than readers, or the hosts cannot share them.
     """
-    return shuffled_batches(
-      self._rows(split, "training"),
-      batch_size=batch_size,
-      seed=seed,
-      shard=shard,
-      options=self._read_options,
-      fingerprint={
-        "split": split,
-        "length": self.length,
-        "packing": self.packing,
-        "separator": self.separator,
-        "source": self.source.fingerprint(split),
-        "tokenizer": self.tokenizer.fingerprint(),
-      },
-      too_few=f"rows of length={self.length}",
-      repair=", or a smaller length",
+    settings = {"batch_size": batch_size, "shard": shard, "options": self._read_options}
+    fingerprint = self._fingerprint(split)
+    if self.readers is None:
+      return shuffled_batches(
+        self._rows(split, "training"),
+        seed=seed,
+        fingerprint=fingerprint,
+        too_few=f"rows of length={self.length}",
+        repair=", or a smaller length",
+        **settings,
+      )
+    check_seed(seed)
+    self._check_shared(split, check_shard(shard, batch_size)[1])
+    background = Background()
+    return dealt_batches(
+      self._lanes(split, seed, self.readers, background),
+      self.readers,
+      fingerprint={**fingerprint, "seed": int(seed)},
+      background=background,
+      **settings,
     )
 
   def epoch(self, split: str, *, batch_size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[Row]:
@@ -153,134 +183,89 @@ class TextDataset:
   def _store(self, split: str) -> TokenStore:
     check_split(self.source, split)
     if split not in self._stores:
-      self._stores[split] = open_token_store(
-        self.source, split, self.tokenizer, separator=self.separator, cache_dir=self._cache_dir
-      )
+      self._stores[split] = self._tokens(self.source, split)
     return self._stores[split]
 
-  def _rows(self, split: str, purpose: str) -> Rows:
-    store = self._store(split)
+  def _tokens(self, source: Source, split: str) -> TokenStore:
+    return open_token_store(
+      source, split, self.tokenizer, separator=self.separator, cache_dir=self._cache_dir
+    )
+
+  def _rows(self, split: str, purpose: Purpose) -> Rows:
+    return self._rows_of(self._store(split), purpose, where=f"split {split!r}")
+
+  def _rows_of(self, store: TokenStore, purpose: Purpose, *, where: str) -> Rows:
     try:
       return rows_of.make_rows(store, length=self.length, packing=self.packing, purpose=purpose)
     except ValueError as error:
-      raise ValueError(f"split {split!r}: {error}") from None
+      raise ValueError(f"{where}: {error}") from None
 
+  def _fingerprint(self, split: str) -> dict[str, Any]:
+    """What the rows of training are made from."""
+    check_split(self.source, split)
+    sharded = self.readers is not None
+    return {
+      "split": split,
+      "length": self.length,
+      "packing": self.packing,
+      "separator": self.separator,
+      "source": self.source.manifest(split) if sharded else self.source.fingerprint(split),
+      "tokenizer": self.tokenizer.fingerprint(),
+      **({"readers": self.readers} if sharded else {}),
+    }
 
-class Batches:
-  """Batches without end, and the place in them.
+  def _lanes(
+    self, split: str, seed: int, count: int, background: Background
+  ) -> Callable[[int], Lane]:
+    """Number -> the lane of so many; where there are readers, as many."""
+    if self.readers is None:
+      rows = self._rows(split, "training")
+      order = shuffled(rows, seed)
+      return lambda number: IndexLane(order, rows=len(rows), index=number, count=count)
+    shards = self.source.shards(split)
 
-  Made by the `batches` of a data set. An iterator of dicts of arrays [B, ...]; batches that were
-  read ahead but not yet taken do not count for the place.
-  """
+    def open_shard(number: int) -> Rows:
+      name, source = shards[number]
+      store = self._tokens(_UntilClosed(source, background), split)
+      return self._rows_of(store, "shard", where=f"split {split!r}, shard {name}")
 
-  def __init__(self, dataset: grain.IterDataset, *, fingerprint: dict[str, Any], rows: int):
-    self._iterator = iter(dataset)
-    self._fingerprint = fingerprint
-    self._rows = rows
-
-  def __iter__(self) -> Batches:
-    return self
-
-  def __next__(self) -> Row:
-    return next(self._iterator)
-
-  @property
-  def step(self) -> int:
-    """The number of batches taken."""
-    return int(self._iterator.get_state()["next_index"])
-
-  @property
-  def epoch(self) -> float:
-    """How often the split has been read: 1.5 is in the middle of the second epoch."""
-    return self.step * self._fingerprint["batch_size"] / self._rows
-
-  def get_state(self) -> dict[str, Any]:
-    """The place, JSON-able and equal on all hosts: batches taken, and what they are drawn from."""
-    return {"step": self.step, "fingerprint": json.loads(json.dumps(self._fingerprint))}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a place from `get_state`, on any number of hosts: the same batches follow.
-
-    Raises:
-      ValueError: `state` was drawn from something else (each field that differs is listed), or is
-        no such state.
-    """
-    if not isinstance(state, dict) or set(state) != {"step", "fingerprint"}:
-      raise ValueError(
-        f'{state!r} is not a place in batches — expected {{"step": ..., "fingerprint": ...}} as '
-        "get_state returns it — take it from a checkpoint of this program"
-      )
-    saved, now = _flat(state["fingerprint"]), _flat(self._fingerprint)
-    differing = [field for field in sorted({*saved, *now}) if saved.get(field) != now.get(field)]
-    if differing:
-      fields = "; ".join(
-        f"{field} was {saved.get(field)!r}, is {now.get(field)!r}" for field in differing
-      )
-      raise ValueError(
-        f"the saved place in the data is of other data: {fields} — expected what the run began "
-        "with — restore these settings, or start a new run"
-      )
-    check_integer("step", state["step"], minimum=0)
-    self._iterator.set_state({"next_index": state["step"]})
-
-
-def read_options(*, num_threads: int, prefetch: int) -> grain.ReadOptions:
-  """How rows are read ahead; see `TextDataset`."""
-  check_integer("num_threads", num_threads, minimum=0)
-  check_integer("prefetch", prefetch, minimum=1)
-  return grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
-  )
-
-
-def shuffled_batches(
-  rows: Rows,
-  *,
-  batch_size: int,
-  seed: int,
-  shard: tuple[int, int],
-  options: grain.ReadOptions,
-  fingerprint: dict[str, Any],
-  too_few: str,
-  repair: str = "",
-) -> Batches:
-  """The rows without end, in an order of its own every epoch; see `TextDataset.batches`.
-
-  Args:
-    fingerprint: what the rows are made from, its "split" among them.
-    too_few: what rows are, for the error where they do not fill a batch; `repair` ends it.
-  """
-  check_integer("seed", seed, minimum=0, maximum=2**32 - 1)
-  index, count = check_shard(shard, batch_size)
-  if len(rows) < batch_size:
-    raise ValueError(
-      f"split {fingerprint['split']!r} has {len(rows)} {too_few}, fewer than "
-      f"batch_size={batch_size} — expected at least one batch — set batch_size={len(rows)} or "
-      f"less{repair}"
+    names = [name for name, _ in shards]
+    return lambda number: ShardLane(
+      range(number, len(shards), count),
+      open_shard,
+      names=names,
+      seed=seed,
+      background=background,
     )
-  order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-  local = order[index::count].batch(batch_size // count, drop_remainder=True)
-  return Batches(
-    local.to_iter_dataset(options),
-    fingerprint={**fingerprint, "seed": int(seed), "batch_size": int(batch_size)},
-    rows=len(rows),
-  )
+
+  def _check_shared(self, split: str, hosts: int) -> None:
+    """Raises ValueError where there are too few shards, or the hosts cannot share the readers."""
+    if self.readers is None:
+      return
+    shards, readers = len(self.source.shards(split)), self.readers
+    if max(hosts, readers) > shards:
+      what = f"the {hosts} hosts" if hosts > shards else f"readers={readers}"
+      fewer = "" if hosts > shards else f"set readers={shards // hosts * hosts}, or "
+      raise ValueError(
+        f"split {split!r} has {shards} shards, fewer than {what} — expected at least one for each "
+        f"— {fewer}cut the text into more shards: jaxmix.data.prepare_tfds(source, name=..., "
+        f"data_dir=..., shards={max(hosts, readers)}) makes them, and TFDS reads them"
+      )
+    if readers % hosts:
+      above, most = -(-readers // hosts) * hosts, shards // hosts * hosts
+      raise ValueError(
+        f"readers={readers} cannot be shared equally by {hosts} hosts — expected a multiple of the "
+        f"hosts — set readers={min(above, most)}, or, for a run that has begun, take a number of "
+        f"hosts that divides {readers}"
+      )
 
 
-def ordered_batches(rows: Rows, *, batch_size: int, shard: tuple[int, int]) -> Iterator[Row]:
-  """The rows once, in order; the last batch is filled with zeros, and so are its weights."""
-  index, count = check_shard(shard, batch_size)
-  padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
-  for start in range(0, len(rows), batch_size):
-    places = range(start + index, start + batch_size, count)
-    yield rows_of.stack([rows[place] if place < len(rows) else padding for place in places])
+class _UntilClosed:
+  """A source that ends in an error once nobody waits for its documents any more."""
 
+  def __init__(self, source: Source, background: Background):
+    self.splits, self.fingerprint = source.splits, source.fingerprint
+    self._source, self._background = source, background
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """{"source": {"digest": x}} as {"source.digest": x}, values as JSON would give them back."""
-  if not isinstance(tree, dict):
-    return {prefix: json.loads(json.dumps(tree))}
-  leaves = {}
-  for key, value in tree.items():
-    leaves |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-  return leaves
+  def documents(self, split: str) -> Iterator[str]:
+    return self._background.until_closed(self._source.documents(split))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,20 @@ class Source(Protocol):
   def documents(self, split: str) -> Iterator[str]: ...
 
   def fingerprint(self, split: str) -> dict[str, Any]: ...
+
+
+class ShardedSource(Source, Protocol):
+  """A source whose documents stand in shards, such as files, that can be read apart.
+
+  shards(split): the name of each shard and a source of its documents, which has this split; one
+    after the other they are `documents(split)`.
+  manifest(split): a JSON-able dict that changes when a shard is added, removed, renamed or changes
+    its size. Unlike a fingerprint, it is made without reading the shards.
+  """
+
+  def shards(self, split: str) -> Sequence[tuple[str, Source]]: ...
+
+  def manifest(self, split: str) -> dict[str, Any]: ...
 
 
 def check_split(source: Source, split: str) -> None:

@@ -5,7 +5,9 @@ The only file that imports `tensorflow_datasets`. Data sets are array_record fil
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
+from jaxmix.data.checks import check_integer
 from jaxmix.data.paths import exclusive, expand_path, expand_variables
 from jaxmix.data.sources import Source, check_split, with_text
 
@@ -101,6 +105,27 @@ class TFDS:
       "made_from": (info.metadata or {}).get("made_from", {}).get(stored_split),
     }
 
+  def shards(self, split: str) -> list[tuple[str, TFDS]]:
+    """What each file has of `split`, as a source of its own."""
+    check_split(self, split)
+    stored, _, _ = self._parts[split].partition("[")
+    splits = self._builder.info.splits
+    lengths = splits[stored].shard_lengths
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    files = [piece.filename for piece in splits[stored].file_instructions]
+    start_of = dict(zip(files, starts, strict=True))
+    shards = []
+    for piece in splits[self._parts[split]].file_instructions:
+      start = start_of[piece.filename] + piece.skip
+      shard = copy.copy(self)
+      shard._parts = {split: f"{stored}[{start}:{start + piece.take}]"}
+      shards.append((f"{self._name}, {shard._parts[split]}", shard))
+    return shards
+
+  def manifest(self, split: str) -> dict[str, Any]:
+    """The fingerprint, which is made without reading any example."""
+    return self.fingerprint(split)
+
   @functools.cached_property
   def _builder(self) -> tfds.core.DatasetBuilder:
     data_dir = None if self._data_dir is None else expand_variables(self._data_dir)
@@ -139,7 +164,12 @@ class TFDS:
 
 
 def prepare_tfds(
-  source: Source, *, name: str, data_dir: str | os.PathLike, version: str = "1.0.0"
+  source: Source,
+  *,
+  name: str,
+  data_dir: str | os.PathLike,
+  version: str = "1.0.0",
+  shards: int | None = None,
 ) -> Path:
   """Writes `source` as a data set of array_record files, which `TFDS(name, ...)` reads anywhere.
 
@@ -151,10 +181,13 @@ def prepare_tfds(
     name: lower-case letters, digits and underscores.
     data_dir: a local folder; copy it to where it is needed.
     version: three numbers; another version stands beside the first.
+    shards: files of a split, which `TextDataset` with `readers` shares among hosts; a split of
+      fewer documents has one for each. None leaves the number to TFDS, which goes by size.
   Returns:
     The folder of the data set, `data_dir/name/version`.
   Raises:
-    ValueError: name or version is malformed, or the folder holds a data set made from other text.
+    ValueError: name, version or shards is malformed, or the folder holds a data set made from other
+      text or in another number of shards.
   """
   if not _NAME.fullmatch(name):
     raise ValueError(
@@ -163,18 +196,32 @@ def prepare_tfds(
     )
   if not _VERSION.fullmatch(version):
     raise ValueError(f'version={version!r} — expected three numbers — e.g. "1.0.0"')
+  if shards is not None:
+    check_integer("shards", shards, minimum=1)
   folder = expand_path(data_dir)
   folder.mkdir(parents=True, exist_ok=True)
   with exclusive(folder / f".{name}.lock"):
-    builder = _builder_of(source, name=name, version=version, data_dir=folder)
+    builder = _builder_of(source, name=name, version=version, data_dir=folder, shards=shards)
     if not builder.is_prepared():
-      builder.download_and_prepare()
+      builder.download_and_prepare(download_config=_Preparing(num_shards=shards))
     elif TFDS(f"{name}:{version}", data_dir=folder)._builder.info.metadata != builder.made_from:
       raise ValueError(
-        f"{builder.data_path} holds a data set made from other text — expected none, or one from "
-        "this source — give another version= or name=, or delete the folder"
+        f"{builder.data_path} holds a data set made from other text or in other shards — expected "
+        "none, or one from this source — give another version= or name=, or delete the folder"
       )
   return Path(builder.data_path)
+
+
+class _Shards(ShardConfig):
+  """So many shards, or one for each example of a split that has fewer."""
+
+  def get_number_shards(self, total_size: int, num_examples: int, *others: bool) -> int:
+    return min(super().get_number_shards(total_size, num_examples, *others), num_examples)
+
+
+class _Preparing(tfds.download.DownloadConfig):
+  def get_shard_config(self) -> ShardConfig:
+    return _Shards(num_shards=self.num_shards)
 
 
 def _line(error: Exception) -> str:
@@ -182,9 +229,11 @@ def _line(error: Exception) -> str:
 
 
 def _builder_of(
-  source: Source, *, name: str, version: str, data_dir: Path
+  source: Source, *, name: str, version: str, data_dir: Path, shards: int | None
 ) -> tfds.core.GeneratorBasedBuilder:
   made_from_text = {"made_from": {split: source.fingerprint(split) for split in source.splits}}
+  if shards is not None:
+    made_from_text["shards"] = shards
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(version)

@@ -112,7 +112,7 @@ def test_resuming_gives_the_batches_that_would_have_come(corpus, packing, epochs
   whole = dataset.batches("train", batch_size=4, seed=1)
   take(whole, steps)
   state = json.loads(json.dumps(whole.get_state()))
-  assert state["step"] == steps and abs(whole.epoch - epochs) < 0.05
+  assert state["step"] == steps and abs(whole.epochs["epoch"] - epochs) < 0.05
   expected = take(whole, 10)  # 0.98: these cross the border of an epoch
   resumed = make(corpus, packing=packing).batches("train", batch_size=4, seed=1)
   resumed.set_state(state)

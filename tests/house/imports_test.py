@@ -27,7 +27,7 @@ TIER = {package: tier for tier, packages in enumerate(TIERS) for package in pack
 # library -> the files or folders that alone may import it
 DOORS = {
   "gin": ("jaxmix/configuration/reading.py",),
-  "grain": ("jaxmix/data/pipeline.py",),
+  "grain": ("jaxmix/data/batches.py", "jaxmix/data/lanes.py"),
   "tensorflow_datasets": ("jaxmix/data/tfds.py",),
   "tokenizers": ("jaxmix/data/subword.py",),
   "orbax": ("jaxmix/training/checkpoints.py",),
