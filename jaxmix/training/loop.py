@@ -182,7 +182,7 @@ def train(
           good = str(folder / "checkpoints" / str(saved)) if saved else None
           values = pending.read(checkpoint=good)
           losses = figures(values.pop("loss"), bytes_per_target["train"])
-          metrics.write(step, {**losses, **values, **timer.read()})
+          metrics.write(step, {**losses, **values, **batches.epochs, **timer.read()})
 
         validation_loss = None
         if evaluating and interruption.requested is None:
@@ -218,15 +218,18 @@ def train(
   return Result(step=saved, interrupted=interrupted, validation=validation)
 
 
-def _introduction(program: TrainStep, outline: Outline, targets: int, start: int) -> Iterator[str]:
+def _introduction(
+  program: TrainStep, outline: Outline, targets: int | None, start: int
+) -> Iterator[str]:
   """What is about to run, for the user."""
   mesh = program.mesh
   shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
   count = sum(x.size for x in jax.tree.leaves(program.parameters))
   what = "targets" if outline.unit == "tokens" else outline.unit
+  size = "" if targets is None else f"; {targets:,} {what} in the training split"
   yield (
     f"{count:,} parameters on {mesh.size} x {mesh.devices.flat[0].device_kind}"
-    f"{f' ({shape})' if shape else ''}; {targets:,} {what} in the training split"
+    f"{f' ({shape})' if shape else ''}{size}"
   )
   if start:
     yield f"going on from the checkpoint of step {start}"
