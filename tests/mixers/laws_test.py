@@ -244,8 +244,8 @@ def test_shard(subject64, close, tolerance, devices_cut, cut):
   with jax.set_mesh(devices.mesh):
     mixer, arrays = devices.place(subject64.mixer, arrays)
     many = outputs_and_gradients(mixer, *arrays)
-    parameters = jax.tree.leaves(nnx.pure(mixer))
-  gradients = jax.tree.leaves(nnx.pure(many[0][0]))
+    parameters = jax.tree.leaves(nnx.as_pure(mixer))
+  gradients = jax.tree.leaves(nnx.as_pure(many[0][0]))
   # XLA lays out small gradients as it likes; those of the parameters that are cut stay cut.
   pairs = zip(parameters, gradients, strict=True)
   parts = [gradient for parameter, gradient in pairs if not parameter.sharding.is_fully_replicated]
