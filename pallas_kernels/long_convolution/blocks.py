@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.long_convolution import tpu
+from pallas_kernels.long_convolution.fourier import mixed_dtypes
 
 SMALLEST_VMEM = 16 * 2**20  # of the smallest chip: what a program without a mesh is made for
 
@@ -88,12 +89,10 @@ class _Sum:
 
 def refusal(u, *gates) -> str | None:
   """Why the kernels cannot run on u [B, T, D] with gates, some of which may be None; or None."""
-  gates = [gate for gate in gates if gate is not None]
-  if str(u.dtype) not in tpu.PARTS:
-    return f"u is {u.dtype}, expected float32 or bfloat16"
-  if unlike := [str(gate.dtype) for gate in gates if gate.dtype != u.dtype]:
-    return f"a gate is {unlike[0]} and u {u.dtype}"
-  return Blocks.of(u, *gates, later=False).shortage(u.dtype, len(gates))
+  if (reason := mixed_dtypes(u, *gates)) is not None:
+    return reason
+  count = sum(gate is not None for gate in gates)
+  return Blocks.of(u, *gates, later=False).shortage(u.dtype, count)
 
 
 def spectra(c, blocks: Blocks) -> tuple[jax.Array, ...]:

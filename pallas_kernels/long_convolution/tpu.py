@@ -35,7 +35,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-PARTS = {"bfloat16": 2, "float32": 3}  # dtype of rows -> bfloat16 parts of an operand
+from pallas_kernels.long_convolution.fourier import PARTS, angles, in_parts, real_matrix
+
 LANES = 128
 COLUMNS = 64  # with both parts of a complex number as deep as a matrix unit
 MULTIPLE = 8 * COLUMNS  # of tokens: n1 in whole registers
@@ -246,35 +247,21 @@ def _tables(sizes: Sizes, parts: int) -> tuple[np.ndarray, ...]:
   """Constant operands: of the four products, [parts, ...] bfloat16, and twiddles [n2, 2 N1, 128]
   with cosines above sines."""
   rows, half, points = sizes.rows, sizes.half, sizes.points
-  first = _real(np.arange(half), np.arange(rows), half)
-  second = _real(np.arange(COLUMNS), np.arange(COLUMNS), COLUMNS)
-  second_back = _real(np.arange(COLUMNS), -np.arange(COLUMNS), COLUMNS) / points
-  first_back = _real(np.arange(rows), -np.arange(half), half)
-  turns = np.outer(np.arange(COLUMNS), np.arange(half)) % points * (2 * np.pi / points)
+  first = real_matrix(np.arange(half), np.arange(rows), half)
+  second = real_matrix(np.arange(COLUMNS), np.arange(COLUMNS), COLUMNS)
+  second_back = real_matrix(np.arange(COLUMNS), -np.arange(COLUMNS), COLUMNS) / points
+  first_back = real_matrix(np.arange(rows), -np.arange(half), half)
+  turns = angles(np.arange(COLUMNS), np.arange(half), points)
   twiddles = np.concatenate([np.cos(turns), np.sin(turns)], 1).astype(np.float32)
   twiddles = np.repeat(twiddles[..., None], LANES, -1)
   matrices = (first, second, second_back, first_back)
-  return *(_in_parts(matrix, parts) for matrix in matrices), twiddles
-
-
-def _real(i, j, points: int) -> np.ndarray:
-  """exp(-2 pi i i j / points) as a matrix of real and imaginary parts one above another."""
-  turns = np.outer(i, j) % points * (2 * np.pi / points)
-  return np.block([[np.cos(turns), np.sin(turns)], [-np.sin(turns), np.cos(turns)]])
+  return *(in_parts(matrix, parts) for matrix in matrices), twiddles
 
 
 def _roots(rows: int, columns: int, points: int) -> np.ndarray:
   """exp(-2 pi i j k / points), [rows, columns]."""
-  turns = np.outer(np.arange(rows), np.arange(columns)) % points
-  return np.exp(-2j * np.pi / points * turns).astype(np.complex64)
-
-
-def _in_parts(x: np.ndarray, parts: int) -> np.ndarray:
-  split = []
-  for _ in range(parts):
-    split.append(x.astype(jnp.bfloat16))
-    x = x - split[-1].astype(np.float64)
-  return np.stack(split)
+  turns = angles(np.arange(rows), np.arange(columns), points)
+  return np.exp(-1j * turns).astype(np.complex64)
 
 
 def _product(matrix_ref, x):
