@@ -54,10 +54,11 @@ refusal = mixed_dtypes
 
 GROUP_BYTES = 2**25  # caches of A100, H100 and RTX 4090 hold 40, 50 and 72 MiB
 LANES = 64  # channels of a program that multiplies by a matrix of N1
-WARPS = 8
+TALL, DEPTH = 64, 32  # rows of that matrix of a program, columns of a step
 POINTS = 2048  # complex numbers of a program that multiplies by the spectrum
-RADICES = {16: (16,), 32: (32,), 64: (64,), 256: (16, 16)}  # of the columns
-MULTIPLE = 16  # of rows
+RADIX = 16  # of a transform over columns
+COLUMNS = {RADIX: 1, RADIX**2: 2}  # -> how many such transforms
+MULTIPLE = 8  # of rows
 FAR = np.int32(2**31 - 1)
 MOVED = 256  # multiply-adds in whose time a complex number goes through all kernels
 
@@ -71,7 +72,7 @@ class Sizes(NamedTuple):
   @classmethod
   def of(cls, length: int) -> Sizes:
     """The cheapest for rows of that many tokens."""
-    sizes = (cls(pl.cdiv(length, MULTIPLE * n) * MULTIPLE, n) for n in RADICES)
+    sizes = (cls(pl.cdiv(length, MULTIPLE * n) * MULTIPLE, n) for n in COLUMNS)
     return min(sizes, key=lambda sizes: sizes.points * (sizes.products + MOVED))
 
   @property
@@ -92,7 +93,7 @@ class Sizes(NamedTuple):
   @property
   def products(self) -> int:
     """Multiply-adds forward, for each of the N."""
-    return 4 * self.half + 8 * sum(RADICES[self.columns])
+    return 4 * self.half + 8 * RADIX * COLUMNS[self.columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +134,15 @@ class Plan:
     return pl.cdiv(self.channels, self.width), pl.cdiv(pl.cdiv(self.batch, 2), self.pairs)
 
   def walk(self, step, results):
-    """`step(first, results)` for each group, `first` [2] being its first pair and channel; the
-    results of the last."""
+    """`step(group, results)` for each group, `group` [2] being its number among those of pairs and
+    among those of channels; the results of the last."""
     count = math.prod(self.groups)
     if count == 1:
       return step(jnp.zeros(2, jnp.int32), results)
     pairs = np.int32(self.groups[1])
 
-    def body(group, results):
-      channel = jax.lax.div(group, pairs) * self.width
-      return step(jnp.stack([jax.lax.rem(group, pairs) * self.pairs, channel]), results)
+    def body(number, results):
+      return step(jnp.stack([jax.lax.rem(number, pairs), jax.lax.div(number, pairs)]), results)
 
     return jax.lax.fori_loop(0, count, body, results)
 
@@ -172,65 +172,70 @@ class Plan:
 
     return run
 
-  def transform(self, first, arrays, interpret):
+  def _grid(self, rows: int) -> tuple[int, int, int]:
+    """Of a kernel that multiplies by a matrix of so many rows."""
+    tiles = rows // math.gcd(rows, TALL) * (self.width // self.lanes)
+    return tiles, self.sizes.columns, self.pairs
+
+  def transform(self, group, arrays, interpret):
     """A [pairs, 2 N1, columns, width] of the product of arrays, real parts above imaginary ones."""
     sizes, of_rows = self.sizes, [self.flat(x) for x in arrays if x is not None]
-    grid = (2 * sizes.half // TALL * self.width // self.lanes, sizes.columns, self.pairs)
     return self.call(
       _transform_kernel,
-      grid,
+      self._grid(2 * sizes.half),
       jax.ShapeDtypeStruct((self.pairs * 2 * sizes.half * sizes.columns, self.width), jnp.float32),
       name="transform",
       products=2 * sizes.half,
       aliases={},
       warps=4,
       interpret=interpret,
-    )(first, _tables(sizes, PARTS[str(self.dtype)]).first, of_rows)
+    )(group, _tables(sizes, PARTS[str(self.dtype)]).first, of_rows)
 
-  def transform_back(self, first, of_a, arrays, skip, factors, results, interpret):
+  def transform_back(self, group, of_a, arrays, skip, factors, results, interpret):
     """Writes tokens + skip * s, s the product of arrays, times each of the factors, to results."""
     sizes = self.sizes
-    tall = TALL if 2 * sizes.rows % TALL == 0 else TALL // 2
-    grid = (2 * sizes.rows // tall * self.width // self.lanes, sizes.columns, self.pairs)
-    arrays, factors = ([None if x is None else self.flat(x) for x in of] for of in (arrays, factors))
+    arrays, factors = (
+      [None if x is None else self.flat(x) for x in of] for of in (arrays, factors)
+    )
     arrays = [x for x in arrays if x is not None]
     results = [self.flat(x) for x in results]
     before = 4 + len(arrays) + sum(x is not None for x in factors)
     found = self.call(
-      functools.partial(_transform_back_kernel, tall=tall),
-      grid,
+      _transform_back_kernel,
+      self._grid(2 * sizes.rows),
       [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
       name="transform_back",
       products=2 * sizes.half,
       aliases={before + i: i for i in range(len(results))},
       warps=4,
       interpret=interpret,
-    )(first, _tables(sizes, PARTS[str(self.dtype)]).first_back, skip, of_a, arrays, factors, results)
+    )(
+      group, _tables(sizes, PARTS[str(self.dtype)]).first_back, skip, of_a, arrays, factors, results
+    )
     return [x.reshape(self.batch, self.length, self.channels) for x in found]
 
-  def filter(self, kernel, first, spectrum, carried, interpret):
+  def filter(self, kernel, group, spectrum, carried, interpret):
     """What `kernel` makes of `carried`, in its place."""
     sizes = self.sizes
     tables = _tables(sizes, PARTS[str(self.dtype)])
     lanes = min(POINTS // sizes.columns, self.lanes)
+    # Of a thread, in whose registers three parts of float32 leave no room at 16 warps.
+    points = 8 if self.dtype == jnp.float32 else 4
     constants = [x for x in (tables.second, tables.twiddles, tables.inner) if x is not None]
     return self.call(
       functools.partial(kernel, lanes=lanes),
       (sizes.half, self.width // lanes),
       [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in carried],
       name=kernel.__name__.strip("_").removesuffix("_kernel"),
-      products=8 * sum(RADICES[sizes.columns]) * (2 if len(carried) > 1 else 1),
+      products=8 * RADIX * COLUMNS[sizes.columns] * (2 if len(carried) > 1 else 1),
       aliases={2 + len(constants) + i: i for i in range(len(carried))},
-      warps=WARPS,
+      warps=max(4, sizes.columns * lanes // (32 * points)),
       interpret=interpret,
-    )(first, spectrum, constants, carried)
+    )(group, spectrum, constants, carried)
 
   def flat(self, x):
     """[B, T, D] as rows of channels."""
     return x.reshape(-1, self.channels)
-
-
-TALL = 64  # rows of a matrix of N1 of a program
 
 
 def _count(dtype) -> int:
@@ -238,76 +243,72 @@ def _count(dtype) -> int:
   return parts * (parts + 1) // 2
 
 
-def spectrum(c, sizes: Sizes):
-  """Of filters c [D, N], lags from 0 on in front and later tokens at the end -> [N1, 2, columns, D]
-  float32 over N, real parts above imaginary ones, in the order [k1, k2]."""
-  x = jnp.fft.fft(c.astype(jnp.float32)) / sizes.points
+def spectra(c, sizes: Sizes) -> tuple[jax.Array]:
+  """The one of filters c [D, N], lags from 0 on in front and later tokens at the end: [N1, 2,
+  columns, D] float32, over N, real parts above imaginary ones, in the order [k1, k2]."""
+  x = jnp.fft.fft(c) / sizes.points
   x = x.reshape(-1, sizes.columns, sizes.half).transpose(2, 1, 0)
-  return jnp.stack([x.real, x.imag], 1)
+  return (jnp.stack([x.real, x.imag], 1),)
 
 
-def forward(u, spectrum, skip, pre_gate, post_gate, *, interpret=False):
+def forward(u, spectra, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=False):
   """y = post_gate * (c * g + skip * g), g = pre_gate * u, c * g the convolution.
 
   Args:
-    u: [B, T, D].   spectrum: of the filters, see there.   skip: [D] float32.
+    u: [B, T, D].   spectra: of the filters, see there.   skip: [D] float32.
     pre_gate, post_gate: [B, T, D] in the dtype of u, or None.
-    interpret: run the kernels' programs on the CPU.
+    sizes: of T.   interpret: run the kernels' programs on the CPU.
   Returns:
     [B, T, D] in the dtype of u.
   """
-  plan = Plan.of(u, _sizes_of(spectrum), 1)
-  flat = _flat(spectrum)
+  plan, spectrum = Plan.of(u, sizes, 1), _flat(spectra)
 
-  def step(first, results):
-    of_g = plan.transform(first, (u, pre_gate), interpret)
-    (of_g,) = plan.filter(_filter_kernel, first, flat, (of_g,), interpret)
+  def step(group, results):
+    of_g = plan.transform(group, (u, pre_gate), interpret)
+    (of_g,) = plan.filter(_filter_kernel, group, spectrum, (of_g,), interpret)
     around = (skip, (post_gate,), results)
-    return plan.transform_back(first, of_g, (u, pre_gate), *around, interpret)
+    return plan.transform_back(group, of_g, (u, pre_gate), *around, interpret)
 
   (y,) = plan.walk(step, [jnp.zeros_like(u)])
   return y
 
 
-def backward(u, spectrum, skip, pre_gate, post_gate, dy, *, interpret=False):
-  """Gradients of `forward`, but for that of skip, which is that of lag 0 of the filters.
+def backward(u, spectra, skip, pre_gate, post_gate, dy, sizes: Sizes, *, interpret=False):
+  """Gradients of `forward`.
 
   Args:
     dy: [B, T, D], the cotangent of y.   The rest: as given to `forward`.
   Returns:
-    du, dspectrum in the shape of spectrum, and those of the gates, None for None. Rows are in the
-    dtype of u; dspectrum is float32, summed over the rows.
+    du, dspectra, dskip [D], and those of the gates, None for None. Rows are in the dtype of u,
+    dspectra and dskip float32, summed over the rows.
   """
-  plan = Plan.of(u, _sizes_of(spectrum), 2)
-  flat = _flat(spectrum)
-  g, dy_behind = (u, pre_gate), (dy, post_gate)
-  of_dg = [(pre_gate, True), (u, pre_gate is not None)]
-  factors = [x for x, wanted in of_dg if wanted]
+  plan, spectrum = Plan.of(u, sizes, 2), _flat(spectra)
+  g, of_y = (u, pre_gate), (dy, post_gate)
+  factors = (pre_gate,) if pre_gate is None else (pre_gate, u)
 
-  def step(first, results):
+  def step(group, results):
     dspectrum, dg, dpost = results
-    of_g, of_dy = (plan.transform(first, x, interpret) for x in (g, dy_behind))
+    of_g, of_dy = (plan.transform(group, x, interpret) for x in (g, of_y))
     carried = (of_g, of_dy, dspectrum)
     of_g, of_dy, dspectrum = plan.filter(
-      _filter_backward_kernel, first, flat, carried, interpret
+      _filter_backward_kernel, group, spectrum, carried, interpret
     )
-    dg = plan.transform_back(first, of_dy, dy_behind, skip, factors, dg, interpret)
+    dg = plan.transform_back(group, of_dy, of_y, skip, factors, dg, interpret)
     if post_gate is not None:
-      dpost = plan.transform_back(first, of_g, g, skip, (dy,), dpost, interpret)
+      dpost = plan.transform_back(group, of_g, g, skip, (dy,), dpost, interpret)
     return dspectrum, dg, dpost
 
-  rows = jnp.zeros_like(u)
-  start = (jnp.zeros_like(flat), [rows] * len(factors), [] if post_gate is None else [rows])
-  dspectrum, dg, dpost = plan.walk(step, start)
-  du, dpre = dg if pre_gate is not None else (*dg, None)
-  return du, dspectrum.reshape(spectrum.shape), dpre, dpost[0] if dpost else None
+  rows = [jnp.zeros_like(u)]
+  start = (jnp.zeros_like(spectrum), rows * len(factors), rows * (post_gate is not None))
+  dspectrum, (du, *dpre), dpost = plan.walk(step, start)
+  dspectrum = dspectrum.reshape(spectra[0].shape)
+  # Skip is one more weight of lag 0. One sum of all would be of N equal terms where rows are short.
+  dskip = dspectrum[:, 0].mean(1).mean(0)
+  return du, (dspectrum,), dskip, *(x[0] if x else None for x in (dpre, dpost))
 
 
-def _sizes_of(spectrum) -> Sizes:
-  return Sizes(spectrum.shape[0] // 2, spectrum.shape[2])
-
-
-def _flat(spectrum):
+def _flat(spectra):
+  (spectrum,) = spectra
   return spectrum.reshape(-1, spectrum.shape[-1])
 
 
@@ -325,15 +326,14 @@ class _Tables(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _tables(sizes: Sizes, parts: int) -> _Tables:
   half, n1, k1, n2 = sizes.half, *(np.arange(n) for n in (sizes.rows, sizes.half, sizes.columns))
-  radix, *more = RADICES[sizes.columns]
-  n = np.arange(radix)
-  second = np.stack([np.cos(turns := angles(n, n, radix)), np.sin(turns)])
+  n = np.arange(RADIX)
+  second = np.stack([np.cos(turns := angles(n, n, RADIX)), np.sin(turns)])
   return _Tables(
     in_parts(real_matrix(k1, n1, half), parts),
     in_parts(real_matrix(n1, -k1, half), parts),
     in_parts(second, parts),
     _turns(angles(k1, n2, sizes.points)),
-    _turns(angles(n, n, sizes.columns)) if more else None,
+    _turns(angles(n, n, sizes.columns)) if COLUMNS[sizes.columns] > 1 else None,
   )
 
 
@@ -352,26 +352,34 @@ def _product(matrix: list, x, dtype):
   return total
 
 
-def _multiply(table_ref, at, tall: int, load_x, depth: int, lanes: int, dtype):
-  """`tall` rows from `at` of a matrix [parts, M, K] times x [K, lanes], of which load_x(k) gives
-  `depth` rows."""
+class _Product:
+  """A tile of a matrix [parts, M, K] times rows of channels: what a program's first index is of.
 
-  def step(number, total):
-    k = number * depth
-    matrix = [
-      table_ref[part, pl.ds(at, tall), pl.ds(k, depth)] for part in range(table_ref.shape[0])
-    ]
-    return total + _product(matrix, load_x(k), dtype)
+  Attributes:
+    at, rows: first row of the tile, and how many.   channel: first channel in the group.
+  """
 
-  total = jnp.zeros((tall, lanes), jnp.float32)
-  return jax.lax.fori_loop(0, table_ref.shape[2] // depth, step, total)
+  def __init__(self, plan: Plan, table_ref):
+    self.plan, self.table_ref = plan, table_ref
+    _, height, _ = table_ref.shape
+    self.rows = math.gcd(height, TALL)
+    tile, number = _divide(pl.program_id(0), height // self.rows)
+    self.at, self.channel = number * self.rows, tile * plan.lanes
 
+  def times(self, load_x):
+    """[rows, lanes] of the product with x [K, lanes], of which load_x(k, count) gives rows."""
+    parts, _, width = self.table_ref.shape
+    depth = math.gcd(width, DEPTH)
 
-def _tile(plan: Plan, tiles: int):
-  """Of a program's first index: which of so many tiles of a matrix, and first channel in the
-  group."""
-  channel, tile = _divide(pl.program_id(0), tiles)
-  return tile, channel * plan.lanes
+    def step(number, total):
+      k = number * depth
+      matrix = [
+        self.table_ref[part, pl.ds(self.at, self.rows), pl.ds(k, depth)] for part in range(parts)
+      ]
+      return total + _product(matrix, load_x(k, depth), self.plan.dtype)
+
+    total = jnp.zeros((self.rows, self.plan.lanes), jnp.float32)
+    return jax.lax.fori_loop(0, width // depth, step, total)
 
 
 def _divide(x, by: int):
@@ -383,9 +391,13 @@ def _divide(x, by: int):
 class _Tokens:
   """Where tokens n1 of a pair of rows stand, for one n2 and a tile of channels."""
 
-  def __init__(self, plan: Plan, first_ref, channel):
-    self.plan, self.n2, self.pair = plan, pl.program_id(1), first_ref[0] + pl.program_id(2)
-    self.channels = first_ref[1] + channel + jnp.arange(plan.lanes)
+  def __init__(self, plan: Plan, group_ref, channel):
+    self.plan, self.n2, self.pair = (
+      plan,
+      pl.program_id(1),
+      group_ref[0] * plan.pairs + pl.program_id(2),
+    )
+    self.channels = group_ref[1] * plan.width + channel + jnp.arange(plan.lanes)
 
   def at(self, n1, count: int):
     """Index and mask of `count` n1 of both rows, those of the second behind those of the first."""
@@ -398,11 +410,12 @@ class _Tokens:
 
 
 def _places(rows, rows_exist, channels, channels_exist):
-  """Index and mask of a tile. What does not exist is far outside: a program that is interpreted
-  writes what the mask keeps from changing, and would write it over something else."""
+  """Index and mask of a tile. Rows that do not exist are far outside, as channels are: a program
+  that is interpreted writes what the mask keeps from changing, and would write it over another.
+  Neighbours stay neighbours, for loads of several at once."""
   mask = rows_exist[:, None] & channels_exist[None, :]
-  row, channel = jnp.where(mask, rows[:, None], FAR), jnp.where(mask, channels[None, :], 0)
-  return (row, channel), mask
+  rows, channels = jnp.where(rows_exist, rows, FAR)[:, None], channels[None, :]
+  return tuple(jnp.broadcast_to(x, mask.shape) for x in (rows, channels)), mask
 
 
 def _load(ref, place):
@@ -419,17 +432,12 @@ def _load_product(refs, place):
   return functools.reduce(jnp.multiply, [_load(ref, place) for ref in refs])
 
 
-def _transform_kernel(first_ref, table_ref, row_refs, out_ref, *, plan: Plan):
-  sizes = plan.sizes
-  tile, channel = _tile(plan, 2 * sizes.half // TALL)
-  tokens = _Tokens(plan, first_ref, channel)
-  depth = TALL if 2 * sizes.rows % TALL == 0 else TALL // 2
-
-  def load_x(n1):
-    return _load_product(row_refs, tokens.at(n1, depth))
-
-  found = _multiply(table_ref, tile * TALL, TALL, load_x, depth, plan.lanes, plan.dtype)
-  out_ref[_column(plan, channel)(tile * TALL, TALL)] = found
+def _transform_kernel(group_ref, table_ref, row_refs, out_ref, *, plan: Plan):
+  product = _Product(plan, table_ref)
+  tokens = _Tokens(plan, group_ref, product.channel)
+  column = _column(plan, product.channel)
+  found = product.times(lambda n1, count: _load_product(row_refs, tokens.at(n1, count)))
+  out_ref[column(product.at, product.rows)] = found
 
 
 def _column(plan: Plan, channel):
@@ -446,18 +454,13 @@ def _column(plan: Plan, channel):
 
 
 def _transform_back_kernel(
-  first_ref, table_ref, skip_ref, a_ref, row_refs, factor_refs, _, *out_refs, plan: Plan, tall: int
+  group_ref, table_ref, skip_ref, a_ref, row_refs, factor_refs, _, *out_refs, plan: Plan
 ):
-  tile, channel = _tile(plan, 2 * plan.sizes.rows // tall)
-
-  column = _column(plan, channel)
-
-  def load_x(k1):
-    return a_ref[column(k1, TALL)]
-
-  found = _multiply(table_ref, tile * tall, tall, load_x, TALL, plan.lanes, plan.dtype)
-  tokens = _Tokens(plan, first_ref, channel)
-  place = tokens.at(tile * tall, tall)
+  product = _Product(plan, table_ref)
+  tokens = _Tokens(plan, group_ref, product.channel)
+  column = _column(plan, product.channel)
+  found = product.times(lambda k1, count: a_ref[column(k1, count)])
+  place = tokens.at(product.at, product.rows)
   exist = tokens.channels < plan.channels
   skip = plgpu.load(skip_ref.at[jnp.where(exist, tokens.channels, 0)], mask=exist, other=0)
   found += skip[None, :] * _load_product(row_refs, place)
@@ -477,16 +480,14 @@ def _times(x, y, conjugate: bool = False):
 class _Columns:
   """The numbers of one k1 and a tile of channels, and their transform over n2.
 
-  Complex numbers are two arrays. Of columns in two radices, [n, n * lanes], the first n being the
-  slower one of n2 or of k2.
+  Complex numbers are two arrays [n, m, lanes], n2 (or k2) being n m-tuples; m is n or 1.
   """
 
-  def __init__(self, plan: Plan, first_ref, constant_refs, lanes: int):
-    self.plan, self.lanes = plan, lanes
+  def __init__(self, plan: Plan, group_ref, constant_refs, lanes: int):
+    self.plan, self.shape = plan, (RADIX, plan.sizes.columns // RADIX, lanes)
     self.second_ref, self.twiddles_ref, *self.inner_ref = constant_refs
     self.k1, self.channel = pl.program_id(0), pl.program_id(1) * lanes
-    self._first_channel = first_ref[1]
-    self.radix = RADICES[plan.sizes.columns][0]
+    self._first_channel = group_ref[1] * plan.width
 
   def load(self, ref, pair):
     """A, with its twiddles."""
@@ -510,68 +511,55 @@ class _Columns:
     x = self._by_radix(x, back)
     if not self.inner_ref:
       return x
-    n, lanes = self.radix, self.lanes
-    row, column = self._grid()
-    turns = tuple(self.inner_ref[0][part, row, column] for part in range(2))
+    row, column, _ = self._axes()
+    turns = tuple(self.inner_ref[0][jnp.int32(part), row, column] for part in range(2))
     x = _times(turns, x, conjugate=not back)
-    x = (
-      part.reshape(n, n, lanes).transpose(1, 0, 2).reshape(n, n * lanes) for part in x
-    )
-    return self._by_radix(tuple(x), back)
+    return self._by_radix(tuple(part.transpose(1, 0, 2) for part in x), back)
 
   def _by_radix(self, x, back: bool):
+    flat = self.shape[0], -1
     of_cosines, of_sines = (
-      tuple(_product(matrix, part, self.plan.dtype) for part in x)
+      tuple(_product(matrix, part.reshape(flat), self.plan.dtype) for part in x)
       for matrix in (self._matrix(0), self._matrix(1))
     )
     sign = -1 if back else 1
-    return of_cosines[0] + sign * of_sines[1], of_cosines[1] - sign * of_sines[0]
+    x = of_cosines[0] + sign * of_sines[1], of_cosines[1] - sign * of_sines[0]
+    return tuple(part.reshape(self.shape) for part in x)
 
   def _matrix(self, which: int) -> list:
-    return [
-      self.second_ref[part, which] for part in range(PARTS[str(self.plan.dtype)])
-    ]
+    return [self.second_ref[part, which] for part in range(PARTS[str(self.plan.dtype)])]
 
-  def _grid(self):
-    """Row and group of lanes of each number, [n, columns / n * lanes]."""
-    columns = self.plan.sizes.columns
-    shape = (self.radix, columns // self.radix * self.lanes)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
-    return row, _divide(column, self.lanes)[0]
-
-  def _numbers(self):
-    """n2 or k2, and channel, of each number."""
-    columns = self.plan.sizes.columns
-    row, column = self._grid()
-    shape = row.shape
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - column * self.lanes
-    return row * (columns // self.radix) + column, lane
+  def _axes(self):
+    n, m, lanes = self.shape
+    return (
+      jnp.arange(n)[:, None, None],
+      jnp.arange(m)[None, :, None],
+      jnp.arange(lanes)[None, None, :],
+    )
 
   def _places(self, pair):
     sizes = self.plan.sizes
-    number, lane = self._numbers()
+    row, column, lane = self._axes()
     for part in range(2):
-      row = ((pair * 2 + part) * sizes.half + self.k1) * sizes.columns
-      yield row + number, self.channel + lane
+      first = ((pair * 2 + part) * sizes.half + self.k1) * sizes.columns
+      yield first + row * self.shape[1] + column, self.channel + lane
 
   def _spectrum(self):
-    columns = self.plan.sizes.columns
-    number, lane = self._numbers()
+    row, column, lane = self._axes()
     channel = self._first_channel + self.channel + lane
-    mask = channel < self.plan.channels
+    exists = jnp.broadcast_to(channel < self.plan.channels, self.shape)
     for part in range(2):
-      row = (self.k1 * 2 + part) * columns + number
-      yield (jnp.where(mask, row, FAR), channel), mask
+      k2 = (self.k1 * 2 + part) * self.plan.sizes.columns + row * self.shape[1] + column
+      yield tuple(jnp.broadcast_to(x, self.shape) for x in (k2, channel)), exists
 
   def _twiddles(self):
-    number, _ = self._numbers()
+    row, column, _ = self._axes()
+    number = row * self.shape[1] + column
     return tuple(self.twiddles_ref[part, self.k1, number] for part in range(2))
 
 
-def _filter_kernel(
-  first_ref, spectrum_ref, constant_refs, _, *out_refs, plan: Plan, lanes: int
-):
-  columns, (ref,) = _Columns(plan, first_ref, constant_refs, lanes), out_refs
+def _filter_kernel(group_ref, spectrum_ref, constant_refs, _, *out_refs, plan: Plan, lanes: int):
+  columns, (ref,) = _Columns(plan, group_ref, constant_refs, lanes), out_refs
   spectrum = columns.load_spectrum(spectrum_ref)
 
   def of_pair(pair, done):
@@ -583,10 +571,10 @@ def _filter_kernel(
 
 
 def _filter_backward_kernel(
-  first_ref, spectrum_ref, constant_refs, _, *out_refs, plan: Plan, lanes: int
+  group_ref, spectrum_ref, constant_refs, _, *out_refs, plan: Plan, lanes: int
 ):
   """Spectra G of g and W of post_gate * dy: y is of G K, dg of conj(K) W, dK is conj(G) W."""
-  columns = _Columns(plan, first_ref, constant_refs, lanes)
+  columns = _Columns(plan, group_ref, constant_refs, lanes)
   of_g, of_dy, dspectrum_ref = out_refs
 
   def of_pair(pair, total):

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import compile_ahead, ops, sharding
-from pallas_kernels.long_convolution import blocks, tpu
+from pallas_kernels.long_convolution import blocks, gpu, tpu
 from pallas_kernels.long_convolution.cases import LONG_PACKED, Case
 
 CASES = {
@@ -20,6 +20,8 @@ CASES = {
   for case in (
     Case("causal", 3, 300, 130),
     Case("full", 2, 512, 128, full=True),
+    Case("one_token", 1, 1, 2, full=True),
+    Case("groups", 5, 300, 130, full=True),
     Case("blocks", 1, 1300, 6, taps=700),
     Case("blocks_full", 2, 1030, 5, full=True),
     Case("packed", 2, 88, 3, segments=LONG_PACKED),
@@ -45,10 +47,13 @@ def by_op(arrays, dy, segment_ids, *, implementation):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """The op's kernels run their programs on the CPU, with memory for one block of every dtype."""
+  """The op's kernels run their programs on the CPU, with memory for one block of every dtype, and
+  on GPU for groups of few rows."""
   monkeypatch.setattr(blocks, "SMALLEST_VMEM", 20 * 2**20)
+  monkeypatch.setattr(gpu, "GROUP_BYTES", 2**20)
   for name in ("forward", "backward"):
-    monkeypatch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=True))
+    for kernels in (gpu, tpu):
+      monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
 
 
 def inputs_of(case, dtype):
@@ -64,25 +69,31 @@ def inputs_of(case, dtype):
 
 
 @pytest.mark.parametrize(
-  ("name", "dtype", "without"),
+  ("implementation", "name", "dtype", "without"),
   [
-    ("causal", np.float32, ()),
-    ("causal", jnp.bfloat16, ("skip", "post_gate")),
-    ("full", np.float32, ("pre_gate",)),
-    ("blocks", np.float32, ()),
-    ("blocks_full", jnp.bfloat16, ()),
-    ("packed", np.float32, ()),
-    ("packed_full", jnp.bfloat16, ()),
+    ("tpu", "causal", np.float32, ()),
+    ("tpu", "causal", jnp.bfloat16, ("skip", "post_gate")),
+    ("tpu", "full", np.float32, ("pre_gate",)),
+    ("tpu", "blocks", np.float32, ()),
+    ("tpu", "blocks_full", jnp.bfloat16, ()),
+    ("tpu", "packed", np.float32, ()),
+    ("tpu", "packed_full", jnp.bfloat16, ()),
+    ("gpu", "one_token", np.float32, ()),
+    ("gpu", "causal", jnp.bfloat16, ("skip", "post_gate")),
+    ("gpu", "groups", np.float32, ("pre_gate",)),
+    ("gpu", "blocks", np.float32, ()),
+    ("gpu", "blocks", jnp.bfloat16, ()),
+    ("gpu", "packed_full", np.float32, ()),
   ],
 )
-def test_definition(name, dtype, without, interpreted, no_worse):
+def test_definition(implementation, name, dtype, without, interpreted, no_worse):
   """In interpret mode the kernels are as near to the definition in float64 as the form by XLA's
   transforms is, within a factor of two; what stands at padding is inert."""
   case = CASES[name]
   arrays, dy = inputs_of(case, dtype)
   arrays = {name: x for name, x in arrays.items() if name not in without}
   run = functools.partial(by_op, segment_ids=case.segment_ids())
-  found, by_xla = (run(arrays, dy, implementation=each) for each in ("tpu", "xla"))
+  found, by_xla = (run(arrays, dy, implementation=each) for each in (implementation, "xla"))
   with jax.enable_x64(True):
     double = lambda x: np.nan_to_num(np.asarray(x, np.float64))  # noqa: E731
     exact = run(*jax.tree.map(double, (arrays, dy)), implementation="xla")
