@@ -174,9 +174,9 @@ def _backward(kernels, sizes, u, c, skip, pre_gate, post_gate, documents, dy):
   spectra, pull = jax.vjp(lambda c: kernels.spectra(c, sizes), c)
 
   def form(u, dy):
-    du, dspectra, *others = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, sizes)
-    return du, [x[None] for x in dspectra], *others  # rows alone have three axes
+    du, dspectra, *gates = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, sizes)
+    return du, [x[None] for x in dspectra], *gates  # rows alone have three axes
 
-  du, dspectra, dskip, dpre, dpost = circular.each_document(documents, form, u, dy)
+  du, dspectra, dpre, dpost = circular.each_document(documents, form, u, dy)
   (dc,) = pull(tuple(x[0] for x in dspectra))
-  return du, dc[None], dskip[None], dpre, dpost
+  return du, dc[None], dc[None, :, 0], dpre, dpost  # skip is one more weight of lag 0

@@ -119,19 +119,16 @@ def forward(u, spectra, skip, pre_gate, post_gate, blocks: Blocks):
 def backward(u, spectra, skip, pre_gate, post_gate, dy, blocks: Blocks):
   """The gradients of `tpu.backward`; for the spectrum there are those of `spectra`."""
   sums = [None if x is None else _Sum(x, blocks) for x in (u, pre_gate, post_gate)]
-  dspectra, dskips = [], []
+  dspectra = []
   for span, spectrum, skip_here in _calls(blocks, spectra, skip):
-    du, dspectrum, dskip, dpre, dpost = tpu.backward(
-      u, spectrum, skip_here, pre_gate, post_gate, dy, span
-    )
+    du, dspectrum, dpre, dpost = tpu.backward(u, spectrum, skip_here, pre_gate, post_gate, dy, span)
     dspectra.append(dspectrum)
-    dskips.append(dskip)
     places = ((du, span.source), (dpre, span.source), (dpost, span.target))
     for of, (rows, start) in zip(sums, places, strict=True):
       if of is not None:
         of.add(rows, start)
   du, dpre, dpost = (None if of is None else of.total() for of in sums)
-  return du, tuple(dspectra), dskips[0], dpre, dpost  # the token itself is at distance 0
+  return du, tuple(dspectra), dpre, dpost
 
 
 def _calls(blocks: Blocks, spectra, skip) -> Iterator[tuple]:

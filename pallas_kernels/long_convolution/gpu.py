@@ -41,7 +41,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.chunks_gpu import split, tile_size
+from pallas_kernels.chunks_gpu import add, split, tile_size
 from pallas_kernels.long_convolution.fourier import (
   PARTS,
   angles,
@@ -274,13 +274,13 @@ def forward(u, spectra, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=Fa
 
 
 def backward(u, spectra, skip, pre_gate, post_gate, dy, sizes: Sizes, *, interpret=False):
-  """Gradients of `forward`.
+  """Gradients of `forward`, but for skip: one more weight of lag 0, whose gradient it has.
 
   Args:
     dy: [B, T, D], the cotangent of y.   The rest: as given to `forward`.
   Returns:
-    du, dspectra, dskip [D], and those of the gates, None for None. Rows are in the dtype of u,
-    dspectra and dskip float32, summed over the rows.
+    du, dspectra, and those of the gates, None for None. Rows are in the dtype of u, dspectra
+    float32, summed over the rows.
   """
   plan, spectrum = Plan.of(u, sizes, 2), _flat(spectra)
   g, of_y = (u, pre_gate), (dy, post_gate)
@@ -302,9 +302,7 @@ def backward(u, spectra, skip, pre_gate, post_gate, dy, sizes: Sizes, *, interpr
   start = (jnp.zeros_like(spectrum), rows * len(factors), rows * (post_gate is not None))
   dspectrum, (du, *dpre), dpost = plan.walk(step, start)
   dspectrum = dspectrum.reshape(spectra[0].shape)
-  # Skip is one more weight of lag 0. One sum of all would be of N equal terms where rows are short.
-  dskip = dspectrum[:, 0].mean(1).mean(0)
-  return du, (dspectrum,), dskip, *(x[0] if x else None for x in (dpre, dpost))
+  return du, (dspectrum,), *(x[0] if x else None for x in (dpre, dpost))
 
 
 def _flat(spectra):
@@ -343,13 +341,11 @@ def _turns(turns: np.ndarray) -> np.ndarray:
 
 def _product(matrix: list, x, dtype):
   """A matrix in parts times x float32: the products of parts that matter, the small ones first."""
-  x = split(x, dtype)
-  pairs = sorted(((i, j) for i in range(len(x)) for j in range(len(x) - i)), key=sum)
-  total = None
-  for i, j in reversed(pairs):
-    product = jnp.dot(matrix[i], x[j], preferred_element_type=jnp.float32)
-    total = product if total is None else total + product
-  return total
+  parts, x = len(matrix), split(x, dtype)
+  pairs = sorted(((i, j) for i in range(parts) for j in range(parts - i)), key=sum)
+  return add(
+    jnp.dot(matrix[i], x[j], preferred_element_type=jnp.float32) for i, j in reversed(pairs)
+  )
 
 
 class _Product:

@@ -119,14 +119,14 @@ def forward(u, spectrum, skip, pre_gate, post_gate, span: Span, *, interpret=Fal
 
 
 def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpret=False):
-  """Gradients of `forward`.
+  """Gradients of `forward`, but for skip: one more weight of lag 0, whose gradient it has.
 
   Args:
     dy: [B, T, D], the cotangent of y, read at the targets.   The rest: as given to `forward`.
   Returns:
-    du, dspectrum [k1, 2 COLUMNS, D], dskip [D], and those of the gates, None for None. Rows are
-    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum and dskip
-    are float32, summed over the rows.
+    du, dspectrum [k1, 2 COLUMNS, D], and those of the gates, None for None. Rows are
+    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum is
+    float32, summed over the rows.
   """
   at = _Windows(u, pre_gate, post_gate, spectrum, span)
   du, *others = at.call(
@@ -138,10 +138,10 @@ def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpre
     sums=True,
     interpret=interpret,
   )
-  *gates, dspectrum, dskip = others
+  *gates, dspectrum = others
   dpre = gates.pop(0) if at.gated[0] else None
   dpost = gates.pop(0) if at.gated[1] else None
-  return du, dspectrum / at.sizes.points, dskip[0], dpre, dpost
+  return du, dspectrum / at.sizes.points, dpre, dpost
 
 
 class _Windows:
@@ -195,14 +195,8 @@ class _Windows:
     out_shape = [jax.ShapeDtypeStruct(shape, self.dtype)] * outputs
     out_specs = [self._row(0)] * outputs
     if sums:
-      out_shape += [
-        jax.ShapeDtypeStruct(spectrum.shape, jnp.float32),
-        jax.ShapeDtypeStruct((1, self.channels), jnp.float32),
-      ]
-      out_specs += [
-        pl.BlockSpec((sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j)),
-        of_channels,
-      ]
+      out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
+      out_specs.append(pl.BlockSpec((sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j)))
     complex_rows = pltpu.VMEM((2 * sizes.points, LANES), jnp.float32)
     tokens = pltpu.VMEM((2 * sizes.tokens, LANES), jnp.float32)
     results = pl.pallas_call(
@@ -389,14 +383,13 @@ def _backward_kernel(
   row_refs, skip_ref, spectrum_ref, table_refs, *refs,
 ):  # fmt: skip
   """Spectra G of g and W of post_gate * dy: y is of G K, dg of conj(K) W, dK is conj(G) W."""
-  *out_refs, dspectrum_ref, dskip_ref, tokens_refs, complex_refs = refs
+  *out_refs, dspectrum_ref, tokens_refs, complex_refs = refs
   transform, dy_ref = _Transform(sizes, table_refs), row_refs[-1]
   factors, post_refs = row_refs[: 1 + has_pre], row_refs[1 + has_pre : -1]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
     dspectrum_ref[...] = jnp.zeros_like(dspectrum_ref)
-    dskip_ref[...] = jnp.zeros_like(dskip_ref)
 
   for tokens_ref, ref, arrays in zip(
     tokens_refs, complex_refs, (factors, (dy_ref, *post_refs)), strict=True
@@ -417,13 +410,12 @@ def _backward_kernel(
   du_ref, *gate_refs = out_refs
   for row in range(2):
     here = pl.ds(row * sizes.tokens, sizes.tokens)
-    g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
     dy = _rows(dy_ref, row)
     if has_post:
+      g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
       y = tokens_refs[0][here] + skip_ref[...] * g
       gate_refs[-1][row] = (y * dy).astype(gate_refs[-1].dtype)
       dy = dy * _rows(post_refs[0], row)
-    dskip_ref[...] += jnp.sum(dy * g, axis=0, keepdims=True)
     dg = tokens_refs[1][here] + skip_ref[...] * dy
     if has_pre:
       gate_refs[0][row] = (dg * _rows(factors[0], row)).astype(gate_refs[0].dtype)

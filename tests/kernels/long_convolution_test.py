@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import compile_ahead, ops, sharding
-from pallas_kernels.long_convolution import blocks, gpu, tpu
+from pallas_kernels.long_convolution import blocks, fourier, gpu, tpu
 from pallas_kernels.long_convolution.cases import LONG_PACKED, Case
 
 CASES = {
@@ -123,42 +123,41 @@ def test_only_what_is_there_is_read():
 
 
 @pytest.mark.parametrize(("parts", "least", "most"), [(1, 1e-3, 1e-2), (2, 0, 1e-5), (3, 0, 1e-6)])
-def test_causality(parts, least, most, monkeypatch):
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_causality(implementation, parts, least, most, interpreted, monkeypatch):
   """What later inputs change of earlier outputs, of their largest, by the parts of operands: in one
   it would be seen, which is why there are two at least."""
-  assert min(tpu.PARTS.values()) == 2
-  monkeypatch.setitem(tpu.PARTS, "float32", parts)
+  assert min(fourier.PARTS.values()) == 2
+  monkeypatch.setitem(fourier.PARTS, "float32", parts)
   arrays = Case("row", 2, 512, 128).inputs()
   u, kernel = (arrays[name].astype(np.float32) for name in ("u", "kernel"))
   changed = np.where(np.arange(512)[:, None] < 256, u, -u)
-  sizes = tpu.Sizes.of(512)
-  spectrum = tpu.spectrum(jnp.pad(kernel, ((0, 0), (0, 512))), sizes)
 
   def run(u):
-    options = {"span": tpu.Span(0, 0, 1), "interpret": True}
-    return np.asarray(tpu.forward(u, spectrum, jnp.zeros(128), None, None, **options))
+    return np.asarray(ops.long_convolution(u, kernel, implementation=implementation)[0])
 
   before, after = run(u), run(changed)
   leak = np.abs(before - after)[:, :256].max() / np.abs(after).max()
   assert least <= leak <= most
 
 
-def test_op_on_a_mesh(interpreted, close, rounding):
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_op_on_a_mesh(implementation, interpreted, close, rounding):
   """The op by its kernels, with batch and channels cut over 8 devices, is the form by transforms on
   one."""
   case = CASES["mesh"]
   (arrays, dy), ids = inputs_of(case, np.float32), case.segment_ids()
   expected = by_op(arrays, dy, ids, implementation="xla")
   with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
-    found = by_op(arrays, dy, ids, implementation="tpu")
+    found = by_op(arrays, dy, ids, implementation=implementation)
   close(found, expected, tolerance=rounding(jnp.float32, 4 * case.length))
   assert tuple(found["y"].sharding.spec) == ("data", None, "tensor")
 
 
-@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False)])
+@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cuda", False), ("cpu", False)])
 def test_chosen_when_lowered(platform, holds):
-  """implementation=None gives the kernels to programs lowered for TPU, and none to those for a
-  CPU."""
+  """implementation=None gives the kernels to programs lowered for TPU, and none to others: those
+  for GPU run when they are named."""
   u, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 256, 128), (128, 256)))
 
   def loss(u, kernel):
@@ -168,6 +167,7 @@ def test_chosen_when_lowered(platform, holds):
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ("long_convolution_forward" in text) == holds
   assert ("long_convolution_backward" in text) == holds
+  assert "long_convolution_filter" not in text
 
 
 def test_refusals():
@@ -182,6 +182,7 @@ def test_refusals():
 
   (line,) = ops.explain_implementation(run, *shaped(64))
   assert "elsewhere -> xla" in line and "tpu: length 64 is not above 64" in line
+  assert "gpu: not yet timed against XLA on a GPU; it runs when named" in line
   state = jax.eval_shape(lambda: ops.convolution_state(1, 128, 8))
   gate = jax.ShapeDtypeStruct((1, 128, 8), jnp.bfloat16)
   for arrays, more, text in (
@@ -189,8 +190,9 @@ def test_refusals():
     (shaped(128), {"pre_gate": gate}, "a gate is bfloat16 and u float32"),
     (shaped(128), {"state": state}, "the state of a stream comes before the row"),
   ):
-    with pytest.raises(ValueError, match=text):
-      jax.eval_shape(functools.partial(run, implementation="tpu"), *arrays, **more)
+    for name in ("tpu", "gpu"):
+      with pytest.raises(ValueError, match=text):
+        jax.eval_shape(functools.partial(run, implementation=name), *arrays, **more)
 
 
 def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedule="kernels"):
