@@ -12,20 +12,23 @@ and back the same with conjugates. No multiprocessor holds a row, so there are t
   transform       A of one n2, a tile of k1 and a tile of channels a program: the product of a
                   constant matrix with tokens that stand `columns` apart.
   filter          X of one k1 and a few channels a program, times the spectrum of the filters, and
-                  back; all n2 are in its registers. Of 256 it takes the transform in two of 16.
+                  back, in its registers; over 256 columns in two steps of 16.
   transform_back  the tokens again, with what stands around the convolution.
 
-Channels stand in the last axis of all: no array is transposed, and every load is of neighbours.
-Rows and channels are taken in groups whose A, complex float32, are GROUP_BYTES at most (or one pair
-of rows and one tile): a second-level cache holds about as many, and memory no more of them. The
-backward pass is made of the same kernels, with a filter kernel that also sums the gradient of the
-spectrum; it walks the pairs of its group in order.
+The backward pass is made of the same, with a filter kernel that also sums the gradient of the
+spectrum: a program walks the pairs of rows in order. Channels stand in the last axis of all: no
+array is transposed, and neighbours are loaded together.
 
-Products are of bfloat16 parts of the operands, as on TPU (`fourier.PARTS`).
+Rows and channels are taken in groups, one after another, whose A (complex float32) has GROUP_BYTES
+at most, or is of one pair of rows and one tile of channels: about what a second-level cache holds,
+and all that memory has to hold beside the arrays.
 
-Bytes, a token and channel, at b bytes a number: of rows forward 6 b with both gates, backward 12 b;
-of A, 32 forward and 64 backward, to the cache or to memory; of the spectrum 8 N D for each group.
-Flops of `products` a token, channel and pair of rows: 4 (2 N1 + 8 (columns, or 32 for 256)).
+Products are of bfloat16 parts of the operands, as on TPU: three for two parts, six for three.
+
+Bytes, a token and channel, at b bytes a number and with both gates: of rows forward 6 b, backward
+14 b; of A, to the cache, forward 32, backward 64; of the spectrum 8 N D, or 24 N D backward, for
+each group of rows. Flops, for each of those products: forward 8 N1 + 256, or 512 of 256 columns;
+backward twice that.
 """
 
 from __future__ import annotations
@@ -59,8 +62,8 @@ POINTS = 2048  # complex numbers of a program that multiplies by the spectrum
 RADIX = 16  # of a transform over columns
 COLUMNS = {RADIX: 1, RADIX**2: 2}  # -> how many such transforms
 MULTIPLE = 8  # of rows
-FAR = np.int32(2**31 - 1)
-MOVED = 256  # multiply-adds in whose time a complex number goes through all kernels
+MOVED = 256  # multiply-adds that are thought to take as long as moving a number through all kernels
+FAR = np.int32(2**31 - 1)  # no row of an array
 
 
 class Sizes(NamedTuple):
@@ -118,10 +121,11 @@ class Plan:
     """For rows u [B, T, D] of which a group has so many arrays A."""
     batch, _, channels = u.shape
     lanes = min(LANES, tile_size(channels))
-    room = max(GROUP_BYTES // (8 * sizes.points * lanes * spectra), 1)  # pairs of one tile
+    room = max(GROUP_BYTES // (8 * sizes.points * lanes * spectra), 1)  # tiles of one pair
     tiles, pairs = pl.cdiv(channels, lanes), pl.cdiv(batch, 2)
     wide = pl.cdiv(tiles, pl.cdiv(tiles, room))  # groups of about one size
-    return cls(*u.shape, u.dtype, sizes, min(pairs, room // wide), wide * lanes)
+    pairs = pl.cdiv(pairs, pl.cdiv(pairs, room // wide))
+    return cls(*u.shape, u.dtype, sizes, pairs, wide * lanes)
 
   @property
   def lanes(self) -> int:
@@ -146,11 +150,14 @@ class Plan:
 
     return jax.lax.fori_loop(0, count, body, results)
 
-  def call(self, kernel, grid, out_shape, *, name, products, aliases, warps, interpret):
+  def call(
+    self, kernel, grid, out_shape, *, name: str, products: int, aliases=None, warps=4, interpret
+  ):
     """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays.
 
     Args:
-      products: multiply-adds for each point.   aliases: results that stand where an argument stood.
+      products: multiply-adds for each point.   aliases: number of an argument -> of the result that
+        takes its place.
     """
     points = self.pairs * self.sizes.points * self.width
 
@@ -159,7 +166,7 @@ class Plan:
         functools.partial(kernel, plan=self),
         grid=grid,
         out_shape=out_shape,
-        input_output_aliases=aliases,
+        input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         cost_estimate=pl.CostEstimate(
           flops=2 * points * products * _count(self.dtype),
@@ -178,16 +185,15 @@ class Plan:
     return tiles, self.sizes.columns, self.pairs
 
   def transform(self, group, arrays, interpret):
-    """A [pairs, 2 N1, columns, width] of the product of arrays, real parts above imaginary ones."""
+    """A of the product of arrays, some of which may be None: rows [pairs, 2 N1, columns] of `width`
+    channels, real parts above imaginary ones."""
     sizes, of_rows = self.sizes, [self.flat(x) for x in arrays if x is not None]
     return self.call(
       _transform_kernel,
       self._grid(2 * sizes.half),
-      jax.ShapeDtypeStruct((self.pairs * 2 * sizes.half * sizes.columns, self.width), jnp.float32),
+      jax.ShapeDtypeStruct((self.pairs * 2 * sizes.points, self.width), jnp.float32),
       name="transform",
       products=2 * sizes.half,
-      aliases={},
-      warps=4,
       interpret=interpret,
     )(group, _tables(sizes, PARTS[str(self.dtype)]).first, of_rows)
 
@@ -207,7 +213,6 @@ class Plan:
       name="transform_back",
       products=2 * sizes.half,
       aliases={before + i: i for i in range(len(results))},
-      warps=4,
       interpret=interpret,
     )(
       group, _tables(sizes, PARTS[str(self.dtype)]).first_back, skip, of_a, arrays, factors, results
@@ -388,11 +393,8 @@ class _Tokens:
   """Where tokens n1 of a pair of rows stand, for one n2 and a tile of channels."""
 
   def __init__(self, plan: Plan, group_ref, channel):
-    self.plan, self.n2, self.pair = (
-      plan,
-      pl.program_id(1),
-      group_ref[0] * plan.pairs + pl.program_id(2),
-    )
+    self.plan, self.n2 = plan, pl.program_id(1)
+    self.pair = group_ref[0] * plan.pairs + pl.program_id(2)
     self.channels = group_ref[1] * plan.width + channel + jnp.arange(plan.lanes)
 
   def at(self, n1, count: int):
@@ -508,7 +510,7 @@ class _Columns:
     if not self.inner_ref:
       return x
     row, column, _ = self._axes()
-    turns = tuple(self.inner_ref[0][jnp.int32(part), row, column] for part in range(2))
+    turns = tuple(self.inner_ref[0][part, row, column] for part in range(2))
     x = _times(turns, x, conjugate=not back)
     return self._by_radix(tuple(part.transpose(1, 0, 2) for part in x), back)
 

@@ -82,8 +82,6 @@ def inputs_of(case, dtype):
     ("gpu", "causal", jnp.bfloat16, ("skip", "post_gate")),
     ("gpu", "groups", np.float32, ("pre_gate",)),
     ("gpu", "blocks", np.float32, ()),
-    ("gpu", "blocks", jnp.bfloat16, ()),
-    ("gpu", "packed_full", np.float32, ()),
   ],
 )
 def test_definition(implementation, name, dtype, without, interpreted, no_worse):
@@ -195,8 +193,10 @@ def test_refusals():
         jax.eval_shape(functools.partial(run, implementation=name), *arrays, **more)
 
 
-def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedule="kernels"):
-  """The op forward and backward, compiled for a chip."""
+def compiled(
+  chip: str, shape, dtype, *, implementation=None, packed=False, schedule="kernels"
+) -> compile_ahead.Report:
+  """The op forward and backward on rows of a shape, compiled for a chip."""
   reason = compile_ahead.installed(compile_ahead.target(chip).platform)
   if reason is not None:
     pytest.skip(reason)
@@ -204,20 +204,20 @@ def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedul
   def program(u, kernel, gate, dy, segment_ids):
     def run(u, kernel, gate):
       options = {"pre_gate": gate, "post_gate": gate, "segment_ids": segment_ids}
-      return ops.long_convolution(u, kernel, **options)[0]
+      return ops.long_convolution(u, kernel, **options, implementation=implementation)[0]
 
     y, pull = jax.vjp(run, u, kernel, gate)
     return y, pull(dy)
 
-  rows = jax.ShapeDtypeStruct((batch, length, channels), dtype)
-  ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
-  kernel = jax.ShapeDtypeStruct((channels, length), jnp.float32)
+  rows = jax.ShapeDtypeStruct(shape, dtype)
+  ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
+  kernel = jax.ShapeDtypeStruct(shape[:0:-1], jnp.float32)
   return compile_ahead.report(program, (rows, kernel, rows, rows, ids), chip, schedule=schedule)
 
 
 def test_schedule():
   """At 4,096 tokens on v5e the kernels stay near the limit of their products."""
-  schedule = compiled("v5e", 2, 4096, 128, jnp.bfloat16).schedule
+  schedule = compiled("v5e", (2, 4096, 128), jnp.bfloat16).schedule
   for name, ratio in (("long_convolution_forward", 1.75), ("long_convolution_backward", 1.65)):
     piece = schedule.kernel(name)
     assert piece.calls == 1 and piece.ratio <= ratio, f"{name}: {piece.ratio:.2f}"
@@ -228,5 +228,28 @@ def test_odd_shapes_compile(chip, dtype):
   """Packed rows that need several blocks, and fill neither those nor the channels of a call: on the
   chip with the least memory, and in the dtype that needs the most."""
   length = {"v4": 700, "v5e": 5000}[chip]
-  report = compiled(chip, 3, length, 130, dtype, packed=True, schedule=None)
+  report = compiled(chip, (3, length, 130), dtype, packed=True, schedule=None)
   assert report.pallas_kernels.keys() >= {"long_convolution_forward", "long_convolution_backward"}
+
+
+@pytest.mark.parametrize(
+  ("chip", "shape", "dtype"),
+  [
+    ("a100", (64, 1024, 768), jnp.bfloat16),
+    ("h100", (64, 4096, 768), jnp.bfloat16),
+    ("rtx4090", (2, 32768, 128), jnp.bfloat16),
+    ("a6000", (3, 5000, 130), jnp.float32),
+  ],
+)
+def test_gpu_kernels(chip, shape, dtype):
+  """Short rows, long ones and odd ones: no kernel spills a register, all multiply on tensor cores,
+  and a multiprocessor has room for one block at least."""
+  kernels = compiled(chip, shape, dtype, implementation="gpu").gpu_kernels
+  names = ("transform", "transform_back", "filter", "filter_backward")
+  assert {kernel.name for kernel in kernels} == {f"long_convolution_{name}" for name in names}
+  for kernel in kernels:
+    assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
+    assert sum(kernel.tensor_core.values()) > 0, kernel.name
+    assert kernel.blocks_per_core >= 1, kernel.name
+  if chip == "h100":  # whose matrices of 64 rows are for its own instruction
+    assert any("wgmma" in kernel.tensor_core for kernel in kernels)
