@@ -4,6 +4,7 @@ and what compilers make of them for absent chips."""
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -243,8 +244,13 @@ def test_odd_shapes_compile(chip, dtype):
 )
 def test_gpu_kernels(chip, shape, dtype):
   """Short rows, long ones and odd ones: no kernel spills a register, all multiply on tensor cores,
-  and a multiprocessor has room for one block at least."""
-  kernels = compiled(chip, shape, dtype, implementation="gpu").gpu_kernels
+  and a multiprocessor has room for one block at least. Memory holds the spectra of filters, of
+  their gradient and of a group of rows, not those of all rows."""
+  report = compiled(chip, shape, dtype, implementation="gpu")
+  of_filters = 8 * gpu.Sizes.of(shape[1]).points * shape[2]
+  of_gate = math.prod(shape) * jnp.dtype(dtype).itemsize  # it is both gates: gradients are added
+  assert report.memory.temporaries <= 2 * gpu.GROUP_BYTES + 4 * of_filters + of_gate
+  kernels = report.gpu_kernels
   names = ("transform", "transform_back", "filter", "filter_backward")
   assert {kernel.name for kernel in kernels} == {f"long_convolution_{name}" for name in names}
   for kernel in kernels:
