@@ -219,8 +219,8 @@ class Plan:
     )
     return [x.reshape(self.batch, self.length, self.channels) for x in found]
 
-  def filter(self, kernel, group, spectrum, carried, interpret):
-    """What `kernel` makes of `carried`, in its place."""
+  def filter(self, kernel, name: str, group, spectrum, carried, interpret):
+    """What `kernel` makes of `carried`, in its place: arrays A, and a gradient."""
     sizes = self.sizes
     tables = _tables(sizes, PARTS[str(self.dtype)])
     lanes = min(POINTS // sizes.columns, self.lanes)
@@ -231,7 +231,7 @@ class Plan:
       functools.partial(kernel, lanes=lanes),
       (sizes.half, self.width // lanes),
       [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in carried],
-      name=kernel.__name__.strip("_").removesuffix("_kernel"),
+      name=name,
       products=8 * RADIX * COLUMNS[sizes.columns] * (2 if len(carried) > 1 else 1),
       aliases={2 + len(constants) + i: i for i in range(len(carried))},
       warps=max(4, sizes.columns * lanes // (32 * points)),
@@ -270,7 +270,7 @@ def forward(u, spectra, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=Fa
 
   def step(group, results):
     of_g = plan.transform(group, (u, pre_gate), interpret)
-    (of_g,) = plan.filter(_filter_kernel, group, spectrum, (of_g,), interpret)
+    (of_g,) = plan.filter(_filter_kernel, "filter", group, spectrum, (of_g,), interpret)
     around = (skip, (post_gate,), results)
     return plan.transform_back(group, of_g, (u, pre_gate), *around, interpret)
 
@@ -296,7 +296,7 @@ def backward(u, spectra, skip, pre_gate, post_gate, dy, sizes: Sizes, *, interpr
     of_g, of_dy = (plan.transform(group, x, interpret) for x in (g, of_y))
     carried = (of_g, of_dy, dspectrum)
     of_g, of_dy, dspectrum = plan.filter(
-      _filter_backward_kernel, group, spectrum, carried, interpret
+      _filter_backward_kernel, "filter_backward", group, spectrum, carried, interpret
     )
     dg = plan.transform_back(group, of_dy, of_y, skip, factors, dg, interpret)
     if post_gate is not None:
@@ -364,8 +364,9 @@ class _Product:
     self.plan, self.table_ref = plan, table_ref
     _, height, _ = table_ref.shape
     self.rows = math.gcd(height, TALL)
-    tile, number = _divide(pl.program_id(0), height // self.rows)
-    self.at, self.channel = number * self.rows, tile * plan.lanes
+    index, tiles = pl.program_id(0), np.int32(height // self.rows)
+    self.at = jax.lax.rem(index, tiles) * self.rows  # not // and %, which ask for signs
+    self.channel = jax.lax.div(index, tiles) * plan.lanes
 
   def times(self, load_x):
     """[rows, lanes] of the product with x [K, lanes], of which load_x(k, count) gives rows."""
@@ -381,12 +382,6 @@ class _Product:
 
     total = jnp.zeros((self.rows, self.plan.lanes), jnp.float32)
     return jax.lax.fori_loop(0, width // depth, step, total)
-
-
-def _divide(x, by: int):
-  """x // by and x % by of x >= 0."""
-  quotient = jax.lax.div(x, jnp.full_like(x, by))
-  return quotient, x - quotient * by
 
 
 class _Tokens:
