@@ -16,8 +16,7 @@ from jaxmix import sharding
 from jaxmix.ops import circular
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops.segments import document_indices, over_padding
-from pallas_kernels.long_convolution import blocks as kernels
-from pallas_kernels.long_convolution import reference
+from pallas_kernels.long_convolution import blocks, gpu, reference
 
 # Logical axes: rows [B, T, D], filters [D, N], skip [D], documents [B, T]; and of the gradients of
 # filters and skip.
@@ -39,11 +38,17 @@ def gated_convolution(
   Raises:
     ValueError: `implementation` is unknown or cannot run this call.
   """
-  refusal = kernels.refusal(u, pre_gate, post_gate)
+  refusals = {
+    "tpu": blocks.refusal(u, pre_gate, post_gate),
+    "gpu": gpu.refusal(u, pre_gate, post_gate),
+  }
   if before is not None:
-    refusal = "the state of a stream comes before the row"
-  elif implementation is None and u.shape[1] <= circular.SHORT:
-    refusal = refusal or f"length {u.shape[1]} is not above {circular.SHORT}"
+    refusals = dict.fromkeys(refusals, "the state of a stream comes before the row")
+  refusals = {name: reason for name, reason in refusals.items() if reason is not None}
+  if implementation is None:
+    if u.shape[1] <= circular.SHORT:
+      refusals.setdefault("tpu", f"length {u.shape[1]} is not above {circular.SHORT}")
+    refusals.setdefault("gpu", "not yet timed against XLA on a GPU; it runs when named")
   u, pre_gate, post_gate = map(_in_parts, (u, pre_gate, post_gate))
   y = implementations.run(
     "long_convolution",
@@ -53,8 +58,9 @@ def gated_convolution(
       "reference": functools.partial(_around, _by_definition),
       "xla": functools.partial(_around, _by_xla),
       "tpu": _by_tpu,
+      "gpu": _by_gpu,
     },
-    refusals={} if refusal is None else {"tpu": refusal},
+    refusals=refusals,
   )
   return _in_parts(y)
 
@@ -115,35 +121,47 @@ def _by_xla(g, kernel, reverse_kernel, before, segment_ids):
   return over_padding(form, segment_ids, g)
 
 
-def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids):
+def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, *around):
+  sizes = blocks.Blocks.of(u, pre_gate, post_gate, later=reverse_kernel is not None)
+  rows = (u, kernel, reverse_kernel, skip, pre_gate, post_gate)
+  return _by_kernels(blocks, sizes, *rows, *around)
+
+
+def _by_gpu(u, *arrays):
+  return _by_kernels(gpu, gpu.Sizes.of(u.shape[1]), u, *arrays)
+
+
+def _by_kernels(
+  kernels, sizes, u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids
+):
+  """`kernels`: the module of a chip's.   `sizes`: how it cuts rows, which all of it is given."""
   assert before is None  # is refused
-  blocks = kernels.Blocks.of(u, pre_gate, post_gate, later=reverse_kernel is not None)
-  c = circular.filters(kernel, reverse_kernel, u.shape[1], blocks.points)
+  c = circular.filters(kernel, reverse_kernel, u.shape[1], sizes.points)
   skip = jnp.zeros(u.shape[2], c.dtype) if skip is None else skip.astype(c.dtype)
 
   def form(segment_ids, u, pre_gate, post_gate):
-    return _fused(u, c, skip, pre_gate, post_gate, documents_of(segment_ids), blocks)
+    return _fused(u, c, skip, pre_gate, post_gate, documents_of(segment_ids), kernels, sizes)
 
   return over_padding(form, segment_ids, u, pre_gate, post_gate)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _fused(u, c, skip, pre_gate, post_gate, documents, blocks):
-  run = sharding.shard_kernel(functools.partial(_forward, blocks), ARRAYS, ROWS)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _fused(u, c, skip, pre_gate, post_gate, documents, kernels, sizes):
+  run = sharding.shard_kernel(functools.partial(_forward, kernels, sizes), ARRAYS, ROWS)
   return run(u, c, skip, pre_gate, post_gate, documents)
 
 
 def _fused_forward(*arguments):
-  # Spectra of rows never leave the chip: they are made again in the backward pass.
-  *arrays, _ = arguments
+  # Spectra of rows are made again in the backward pass: they are more than the rows.
+  *arrays, _, _ = arguments
   return _fused(*arguments), arrays
 
 
-def _fused_backward(blocks, arrays, dy):
+def _fused_backward(kernels, sizes, arrays, dy):
   _, _, _, pre_gate, post_gate, _ = arrays
   gates = [None if gate is None else ROWS for gate in (pre_gate, post_gate)]
   run = sharding.shard_kernel(
-    functools.partial(_backward, blocks), (*ARRAYS, ROWS), (ROWS, *PARTS, *gates)
+    functools.partial(_backward, kernels, sizes), (*ARRAYS, ROWS), (ROWS, *PARTS, *gates)
   )
   du, dc, dskip, dpre, dpost = run(*arrays, dy)
   return du, dc.sum(0), dskip.sum(0), dpre, dpost, None
@@ -152,23 +170,23 @@ def _fused_backward(blocks, arrays, dy):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _forward(blocks, u, c, skip, pre_gate, post_gate, documents):
-  spectra = kernels.spectra(c, blocks)
+def _forward(kernels, sizes, u, c, skip, pre_gate, post_gate, documents):
+  spectra = kernels.spectra(c, sizes)
 
   def form(u):
-    return kernels.forward(u, spectra, skip, pre_gate, post_gate, blocks)
+    return kernels.forward(u, spectra, skip, pre_gate, post_gate, sizes)
 
   return circular.each_document(documents, form, u)
 
 
-def _backward(blocks, u, c, skip, pre_gate, post_gate, documents, dy):
+def _backward(kernels, sizes, u, c, skip, pre_gate, post_gate, documents, dy):
   """Gradients, those of filters and skip behind an axis of one, for each device's rows."""
-  spectra, pull = jax.vjp(functools.partial(kernels.spectra, blocks=blocks), c)
+  spectra, pull = jax.vjp(lambda c: kernels.spectra(c, sizes), c)
 
   def form(u, dy):
-    du, dspectra, *others = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, blocks)
-    return du, jnp.stack(dspectra), *others
+    du, dspectra, *gates = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, sizes)
+    return du, [x[None] for x in dspectra], *gates  # rows alone have three axes
 
-  du, dspectra, dskip, dpre, dpost = circular.each_document(documents, form, u, dy)
-  (dc,) = pull(tuple(dspectra))
-  return du, dc[None], dskip[None], dpre, dpost
+  du, dspectra, dpre, dpost = circular.each_document(documents, form, u, dy)
+  (dc,) = pull(tuple(x[0] for x in dspectra))
+  return du, dc[None], dc[None, :, 0], dpre, dpost  # skip is one more weight of lag 0

@@ -69,9 +69,10 @@ def long_convolution(
       before the first token. It belongs to the document of the first token that is not padding.
     segment_ids: [B, T] int32; 0 marks padding, which nothing reads and whose output is 0. A mask
       of the tokens of a padded batch is such an array. The cost grows with the documents of a row.
-    implementation: None, "reference", "xla" or "tpu" (a kernel a direction, of rows without a
-      state before them; of as many tokens as fit on the chip, 4,096 in bfloat16 on v5e, and of
-      longer rows a call for each distance of their blocks).
+    implementation: None, "reference", "xla", "tpu" (a kernel a direction, of rows without a state
+      before them; of as many tokens as fit on the chip, 4,096 in bfloat16 on v5e, and of longer
+      rows a call for each distance of their blocks) or "gpu" (the same rows, of any length; when
+      named only).
   Returns:
     y: [B, T, D] in the dtype of u;   state: None with a reverse kernel, or a dict of memory
     [B, max(L - 1, 1), D], the last inputs g of the row's last document, a ring by position;
@@ -83,7 +84,7 @@ def long_convolution(
   Source: Fu et al. 2023 (arXiv 2310.12109), sections 3 and 4; Poli et al. 2023 (arXiv 2302.10866).
     Causality: rows of at most `jaxmix.ops.circular.SHORT` tokens are summed directly, and no output
     changes with a later input. By transforms rounding reaches all outputs: of float32, about 2e-7
-    of the row's largest values; by the TPU kernels on bfloat16 rows 4e-6, of operands in two parts.
+    of the row's largest values; by the kernels on bfloat16 rows 4e-6, of operands in two parts.
     Operands in one, plain bfloat16, would leak 3e-3 and are not offered. Those kernels transform
     two rows of a batch as one complex row: rounding, and NaN or infinity, of one reach the other.
     Cost O(T D log T) time, O(L D) state; of a token of a stream, O(D sqrt(L log L)).

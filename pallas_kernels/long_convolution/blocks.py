@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.long_convolution import tpu
+from pallas_kernels.long_convolution.fourier import mixed_dtypes
 
 SMALLEST_VMEM = 16 * 2**20  # of the smallest chip: what a program without a mesh is made for
 
@@ -88,12 +89,10 @@ class _Sum:
 
 def refusal(u, *gates) -> str | None:
   """Why the kernels cannot run on u [B, T, D] with gates, some of which may be None; or None."""
-  gates = [gate for gate in gates if gate is not None]
-  if str(u.dtype) not in tpu.PARTS:
-    return f"u is {u.dtype}, expected float32 or bfloat16"
-  if unlike := [str(gate.dtype) for gate in gates if gate.dtype != u.dtype]:
-    return f"a gate is {unlike[0]} and u {u.dtype}"
-  return Blocks.of(u, *gates, later=False).shortage(u.dtype, len(gates))
+  if (reason := mixed_dtypes(u, *gates)) is not None:
+    return reason
+  count = sum(gate is not None for gate in gates)
+  return Blocks.of(u, *gates, later=False).shortage(u.dtype, count)
 
 
 def spectra(c, blocks: Blocks) -> tuple[jax.Array, ...]:
@@ -120,19 +119,16 @@ def forward(u, spectra, skip, pre_gate, post_gate, blocks: Blocks):
 def backward(u, spectra, skip, pre_gate, post_gate, dy, blocks: Blocks):
   """The gradients of `tpu.backward`; for the spectrum there are those of `spectra`."""
   sums = [None if x is None else _Sum(x, blocks) for x in (u, pre_gate, post_gate)]
-  dspectra, dskips = [], []
+  dspectra = []
   for span, spectrum, skip_here in _calls(blocks, spectra, skip):
-    du, dspectrum, dskip, dpre, dpost = tpu.backward(
-      u, spectrum, skip_here, pre_gate, post_gate, dy, span
-    )
+    du, dspectrum, dpre, dpost = tpu.backward(u, spectrum, skip_here, pre_gate, post_gate, dy, span)
     dspectra.append(dspectrum)
-    dskips.append(dskip)
     places = ((du, span.source), (dpre, span.source), (dpost, span.target))
     for of, (rows, start) in zip(sums, places, strict=True):
       if of is not None:
         of.add(rows, start)
   du, dpre, dpost = (None if of is None else of.total() for of in sums)
-  return du, tuple(dspectra), dskips[0], dpre, dpost  # the token itself is at distance 0
+  return du, tuple(dspectra), dpre, dpost
 
 
 def _calls(blocks: Blocks, spectra, skip) -> Iterator[tuple]:

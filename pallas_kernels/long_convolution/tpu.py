@@ -35,7 +35,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-PARTS = {"bfloat16": 2, "float32": 3}  # dtype of rows -> bfloat16 parts of an operand
+from pallas_kernels.long_convolution.fourier import PARTS, angles, in_parts, real_matrix
+
 LANES = 128
 COLUMNS = 64  # with both parts of a complex number as deep as a matrix unit
 MULTIPLE = 8 * COLUMNS  # of tokens: n1 in whole registers
@@ -118,14 +119,14 @@ def forward(u, spectrum, skip, pre_gate, post_gate, span: Span, *, interpret=Fal
 
 
 def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpret=False):
-  """Gradients of `forward`.
+  """Gradients of `forward`, but for skip: one more weight of lag 0, whose gradient it has.
 
   Args:
     dy: [B, T, D], the cotangent of y, read at the targets.   The rest: as given to `forward`.
   Returns:
-    du, dspectrum [k1, 2 COLUMNS, D], dskip [D], and those of the gates, None for None. Rows are
-    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum and dskip
-    are float32, summed over the rows.
+    du, dspectrum [k1, 2 COLUMNS, D], and those of the gates, None for None. Rows are
+    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum is
+    float32, summed over the rows.
   """
   at = _Windows(u, pre_gate, post_gate, spectrum, span)
   du, *others = at.call(
@@ -137,10 +138,10 @@ def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpre
     sums=True,
     interpret=interpret,
   )
-  *gates, dspectrum, dskip = others
+  *gates, dspectrum = others
   dpre = gates.pop(0) if at.gated[0] else None
   dpost = gates.pop(0) if at.gated[1] else None
-  return du, dspectrum / at.sizes.points, dskip[0], dpre, dpost
+  return du, dspectrum / at.sizes.points, dpre, dpost
 
 
 class _Windows:
@@ -194,14 +195,8 @@ class _Windows:
     out_shape = [jax.ShapeDtypeStruct(shape, self.dtype)] * outputs
     out_specs = [self._row(0)] * outputs
     if sums:
-      out_shape += [
-        jax.ShapeDtypeStruct(spectrum.shape, jnp.float32),
-        jax.ShapeDtypeStruct((1, self.channels), jnp.float32),
-      ]
-      out_specs += [
-        pl.BlockSpec((sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j)),
-        of_channels,
-      ]
+      out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
+      out_specs.append(pl.BlockSpec((sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j)))
     complex_rows = pltpu.VMEM((2 * sizes.points, LANES), jnp.float32)
     tokens = pltpu.VMEM((2 * sizes.tokens, LANES), jnp.float32)
     results = pl.pallas_call(
@@ -246,35 +241,21 @@ def _tables(sizes: Sizes, parts: int) -> tuple[np.ndarray, ...]:
   """Constant operands: of the four products, [parts, ...] bfloat16, and twiddles [n2, 2 N1, 128]
   with cosines above sines."""
   rows, half, points = sizes.rows, sizes.half, sizes.points
-  first = _real(np.arange(half), np.arange(rows), half)
-  second = _real(np.arange(COLUMNS), np.arange(COLUMNS), COLUMNS)
-  second_back = _real(np.arange(COLUMNS), -np.arange(COLUMNS), COLUMNS) / points
-  first_back = _real(np.arange(rows), -np.arange(half), half)
-  turns = np.outer(np.arange(COLUMNS), np.arange(half)) % points * (2 * np.pi / points)
+  first = real_matrix(np.arange(half), np.arange(rows), half)
+  second = real_matrix(np.arange(COLUMNS), np.arange(COLUMNS), COLUMNS)
+  second_back = real_matrix(np.arange(COLUMNS), -np.arange(COLUMNS), COLUMNS) / points
+  first_back = real_matrix(np.arange(rows), -np.arange(half), half)
+  turns = angles(np.arange(COLUMNS), np.arange(half), points)
   twiddles = np.concatenate([np.cos(turns), np.sin(turns)], 1).astype(np.float32)
   twiddles = np.repeat(twiddles[..., None], LANES, -1)
   matrices = (first, second, second_back, first_back)
-  return *(_in_parts(matrix, parts) for matrix in matrices), twiddles
-
-
-def _real(i, j, points: int) -> np.ndarray:
-  """exp(-2 pi i i j / points) as a matrix of real and imaginary parts one above another."""
-  turns = np.outer(i, j) % points * (2 * np.pi / points)
-  return np.block([[np.cos(turns), np.sin(turns)], [-np.sin(turns), np.cos(turns)]])
+  return *(in_parts(matrix, parts) for matrix in matrices), twiddles
 
 
 def _roots(rows: int, columns: int, points: int) -> np.ndarray:
   """exp(-2 pi i j k / points), [rows, columns]."""
-  turns = np.outer(np.arange(rows), np.arange(columns)) % points
-  return np.exp(-2j * np.pi / points * turns).astype(np.complex64)
-
-
-def _in_parts(x: np.ndarray, parts: int) -> np.ndarray:
-  split = []
-  for _ in range(parts):
-    split.append(x.astype(jnp.bfloat16))
-    x = x - split[-1].astype(np.float64)
-  return np.stack(split)
+  turns = angles(np.arange(rows), np.arange(columns), points)
+  return np.exp(-1j * turns).astype(np.complex64)
 
 
 def _product(matrix_ref, x):
@@ -402,14 +383,13 @@ def _backward_kernel(
   row_refs, skip_ref, spectrum_ref, table_refs, *refs,
 ):  # fmt: skip
   """Spectra G of g and W of post_gate * dy: y is of G K, dg of conj(K) W, dK is conj(G) W."""
-  *out_refs, dspectrum_ref, dskip_ref, tokens_refs, complex_refs = refs
+  *out_refs, dspectrum_ref, tokens_refs, complex_refs = refs
   transform, dy_ref = _Transform(sizes, table_refs), row_refs[-1]
   factors, post_refs = row_refs[: 1 + has_pre], row_refs[1 + has_pre : -1]
 
   @pl.when(pl.program_id(1) == 0)
   def _():
     dspectrum_ref[...] = jnp.zeros_like(dspectrum_ref)
-    dskip_ref[...] = jnp.zeros_like(dskip_ref)
 
   for tokens_ref, ref, arrays in zip(
     tokens_refs, complex_refs, (factors, (dy_ref, *post_refs)), strict=True
@@ -430,13 +410,12 @@ def _backward_kernel(
   du_ref, *gate_refs = out_refs
   for row in range(2):
     here = pl.ds(row * sizes.tokens, sizes.tokens)
-    g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
     dy = _rows(dy_ref, row)
     if has_post:
+      g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
       y = tokens_refs[0][here] + skip_ref[...] * g
       gate_refs[-1][row] = (y * dy).astype(gate_refs[-1].dtype)
       dy = dy * _rows(post_refs[0], row)
-    dskip_ref[...] += jnp.sum(dy * g, axis=0, keepdims=True)
     dg = tokens_refs[1][here] + skip_ref[...] * dy
     if has_pre:
       gate_refs[0][row] = (dg * _rows(factors[0], row)).astype(gate_refs[0].dtype)

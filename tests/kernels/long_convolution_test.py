@@ -4,6 +4,7 @@ and what compilers make of them for absent chips."""
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import compile_ahead, ops, sharding
-from pallas_kernels.long_convolution import blocks, tpu
+from pallas_kernels.long_convolution import blocks, fourier, gpu, tpu
 from pallas_kernels.long_convolution.cases import LONG_PACKED, Case
 
 CASES = {
@@ -20,6 +21,8 @@ CASES = {
   for case in (
     Case("causal", 3, 300, 130),
     Case("full", 2, 512, 128, full=True),
+    Case("one_token", 1, 1, 2, full=True),
+    Case("groups", 5, 300, 130, full=True),
     Case("blocks", 1, 1300, 6, taps=700),
     Case("blocks_full", 2, 1030, 5, full=True),
     Case("packed", 2, 88, 3, segments=LONG_PACKED),
@@ -45,10 +48,13 @@ def by_op(arrays, dy, segment_ids, *, implementation):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """The op's kernels run their programs on the CPU, with memory for one block of every dtype."""
+  """The op's kernels run their programs on the CPU, with memory for one block of every dtype, and
+  on GPU for groups of few rows."""
   monkeypatch.setattr(blocks, "SMALLEST_VMEM", 20 * 2**20)
+  monkeypatch.setattr(gpu, "GROUP_BYTES", 2**20)
   for name in ("forward", "backward"):
-    monkeypatch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=True))
+    for kernels in (gpu, tpu):
+      monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
 
 
 def inputs_of(case, dtype):
@@ -64,25 +70,29 @@ def inputs_of(case, dtype):
 
 
 @pytest.mark.parametrize(
-  ("name", "dtype", "without"),
+  ("implementation", "name", "dtype", "without"),
   [
-    ("causal", np.float32, ()),
-    ("causal", jnp.bfloat16, ("skip", "post_gate")),
-    ("full", np.float32, ("pre_gate",)),
-    ("blocks", np.float32, ()),
-    ("blocks_full", jnp.bfloat16, ()),
-    ("packed", np.float32, ()),
-    ("packed_full", jnp.bfloat16, ()),
+    ("tpu", "causal", np.float32, ()),
+    ("tpu", "causal", jnp.bfloat16, ("skip", "post_gate")),
+    ("tpu", "full", np.float32, ("pre_gate",)),
+    ("tpu", "blocks", np.float32, ()),
+    ("tpu", "blocks_full", jnp.bfloat16, ()),
+    ("tpu", "packed", np.float32, ()),
+    ("tpu", "packed_full", jnp.bfloat16, ()),
+    ("gpu", "one_token", np.float32, ()),
+    ("gpu", "causal", jnp.bfloat16, ("skip", "post_gate")),
+    ("gpu", "groups", np.float32, ("pre_gate",)),
+    ("gpu", "blocks", np.float32, ()),
   ],
 )
-def test_definition(name, dtype, without, interpreted, no_worse):
+def test_definition(implementation, name, dtype, without, interpreted, no_worse):
   """In interpret mode the kernels are as near to the definition in float64 as the form by XLA's
   transforms is, within a factor of two; what stands at padding is inert."""
   case = CASES[name]
   arrays, dy = inputs_of(case, dtype)
   arrays = {name: x for name, x in arrays.items() if name not in without}
   run = functools.partial(by_op, segment_ids=case.segment_ids())
-  found, by_xla = (run(arrays, dy, implementation=each) for each in ("tpu", "xla"))
+  found, by_xla = (run(arrays, dy, implementation=each) for each in (implementation, "xla"))
   with jax.enable_x64(True):
     double = lambda x: np.nan_to_num(np.asarray(x, np.float64))  # noqa: E731
     exact = run(*jax.tree.map(double, (arrays, dy)), implementation="xla")
@@ -112,42 +122,41 @@ def test_only_what_is_there_is_read():
 
 
 @pytest.mark.parametrize(("parts", "least", "most"), [(1, 1e-3, 1e-2), (2, 0, 1e-5), (3, 0, 1e-6)])
-def test_causality(parts, least, most, monkeypatch):
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_causality(implementation, parts, least, most, interpreted, monkeypatch):
   """What later inputs change of earlier outputs, of their largest, by the parts of operands: in one
   it would be seen, which is why there are two at least."""
-  assert min(tpu.PARTS.values()) == 2
-  monkeypatch.setitem(tpu.PARTS, "float32", parts)
+  assert min(fourier.PARTS.values()) == 2
+  monkeypatch.setitem(fourier.PARTS, "float32", parts)
   arrays = Case("row", 2, 512, 128).inputs()
   u, kernel = (arrays[name].astype(np.float32) for name in ("u", "kernel"))
   changed = np.where(np.arange(512)[:, None] < 256, u, -u)
-  sizes = tpu.Sizes.of(512)
-  spectrum = tpu.spectrum(jnp.pad(kernel, ((0, 0), (0, 512))), sizes)
 
   def run(u):
-    options = {"span": tpu.Span(0, 0, 1), "interpret": True}
-    return np.asarray(tpu.forward(u, spectrum, jnp.zeros(128), None, None, **options))
+    return np.asarray(ops.long_convolution(u, kernel, implementation=implementation)[0])
 
   before, after = run(u), run(changed)
   leak = np.abs(before - after)[:, :256].max() / np.abs(after).max()
   assert least <= leak <= most
 
 
-def test_op_on_a_mesh(interpreted, close, rounding):
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_op_on_a_mesh(implementation, interpreted, close, rounding):
   """The op by its kernels, with batch and channels cut over 8 devices, is the form by transforms on
   one."""
   case = CASES["mesh"]
   (arrays, dy), ids = inputs_of(case, np.float32), case.segment_ids()
   expected = by_op(arrays, dy, ids, implementation="xla")
   with jax.set_mesh(sharding.make_mesh(data=4, tensor=2)):
-    found = by_op(arrays, dy, ids, implementation="tpu")
+    found = by_op(arrays, dy, ids, implementation=implementation)
   close(found, expected, tolerance=rounding(jnp.float32, 4 * case.length))
   assert tuple(found["y"].sharding.spec) == ("data", None, "tensor")
 
 
-@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cpu", False)])
+@pytest.mark.parametrize(("platform", "holds"), [("tpu", True), ("cuda", False), ("cpu", False)])
 def test_chosen_when_lowered(platform, holds):
-  """implementation=None gives the kernels to programs lowered for TPU, and none to those for a
-  CPU."""
+  """implementation=None gives the kernels to programs lowered for TPU, and none to others: those
+  for GPU run when they are named."""
   u, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 256, 128), (128, 256)))
 
   def loss(u, kernel):
@@ -157,6 +166,7 @@ def test_chosen_when_lowered(platform, holds):
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ("long_convolution_forward" in text) == holds
   assert ("long_convolution_backward" in text) == holds
+  assert "long_convolution_filter" not in text
 
 
 def test_refusals():
@@ -171,6 +181,7 @@ def test_refusals():
 
   (line,) = ops.explain_implementation(run, *shaped(64))
   assert "elsewhere -> xla" in line and "tpu: length 64 is not above 64" in line
+  assert "gpu: not yet timed against XLA on a GPU; it runs when named" in line
   state = jax.eval_shape(lambda: ops.convolution_state(1, 128, 8))
   gate = jax.ShapeDtypeStruct((1, 128, 8), jnp.bfloat16)
   for arrays, more, text in (
@@ -178,12 +189,15 @@ def test_refusals():
     (shaped(128), {"pre_gate": gate}, "a gate is bfloat16 and u float32"),
     (shaped(128), {"state": state}, "the state of a stream comes before the row"),
   ):
-    with pytest.raises(ValueError, match=text):
-      jax.eval_shape(functools.partial(run, implementation="tpu"), *arrays, **more)
+    for name in ("tpu", "gpu"):
+      with pytest.raises(ValueError, match=text):
+        jax.eval_shape(functools.partial(run, implementation=name), *arrays, **more)
 
 
-def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedule="kernels"):
-  """The op forward and backward, compiled for a chip."""
+def compiled(
+  chip: str, shape, dtype, *, implementation=None, packed=False, schedule="kernels"
+) -> compile_ahead.Report:
+  """The op forward and backward on rows of a shape, compiled for a chip."""
   reason = compile_ahead.installed(compile_ahead.target(chip).platform)
   if reason is not None:
     pytest.skip(reason)
@@ -191,20 +205,20 @@ def compiled(chip: str, batch, length, channels, dtype, *, packed=False, schedul
   def program(u, kernel, gate, dy, segment_ids):
     def run(u, kernel, gate):
       options = {"pre_gate": gate, "post_gate": gate, "segment_ids": segment_ids}
-      return ops.long_convolution(u, kernel, **options)[0]
+      return ops.long_convolution(u, kernel, **options, implementation=implementation)[0]
 
     y, pull = jax.vjp(run, u, kernel, gate)
     return y, pull(dy)
 
-  rows = jax.ShapeDtypeStruct((batch, length, channels), dtype)
-  ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
-  kernel = jax.ShapeDtypeStruct((channels, length), jnp.float32)
+  rows = jax.ShapeDtypeStruct(shape, dtype)
+  ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
+  kernel = jax.ShapeDtypeStruct(shape[:0:-1], jnp.float32)
   return compile_ahead.report(program, (rows, kernel, rows, rows, ids), chip, schedule=schedule)
 
 
 def test_schedule():
   """At 4,096 tokens on v5e the kernels stay near the limit of their products."""
-  schedule = compiled("v5e", 2, 4096, 128, jnp.bfloat16).schedule
+  schedule = compiled("v5e", (2, 4096, 128), jnp.bfloat16).schedule
   for name, ratio in (("long_convolution_forward", 1.75), ("long_convolution_backward", 1.65)):
     piece = schedule.kernel(name)
     assert piece.calls == 1 and piece.ratio <= ratio, f"{name}: {piece.ratio:.2f}"
@@ -215,5 +229,33 @@ def test_odd_shapes_compile(chip, dtype):
   """Packed rows that need several blocks, and fill neither those nor the channels of a call: on the
   chip with the least memory, and in the dtype that needs the most."""
   length = {"v4": 700, "v5e": 5000}[chip]
-  report = compiled(chip, 3, length, 130, dtype, packed=True, schedule=None)
+  report = compiled(chip, (3, length, 130), dtype, packed=True, schedule=None)
   assert report.pallas_kernels.keys() >= {"long_convolution_forward", "long_convolution_backward"}
+
+
+@pytest.mark.parametrize(
+  ("chip", "shape", "dtype"),
+  [
+    ("a100", (64, 1024, 768), jnp.bfloat16),
+    ("h100", (64, 4096, 768), jnp.bfloat16),
+    ("rtx4090", (2, 32768, 128), jnp.bfloat16),
+    ("a6000", (3, 5000, 130), jnp.float32),
+  ],
+)
+def test_gpu_kernels(chip, shape, dtype):
+  """Short rows, long ones and odd ones: no kernel spills a register, all multiply on tensor cores,
+  and a multiprocessor has room for one block at least. Memory holds the spectra of filters, of
+  their gradient and of a group of rows, not those of all rows."""
+  report = compiled(chip, shape, dtype, implementation="gpu")
+  of_filters = 8 * gpu.Sizes.of(shape[1]).points * shape[2]
+  of_gate = math.prod(shape) * jnp.dtype(dtype).itemsize  # it is both gates: gradients are added
+  assert report.memory.temporaries <= 2 * gpu.GROUP_BYTES + 4 * of_filters + of_gate
+  kernels = report.gpu_kernels
+  names = ("transform", "transform_back", "filter", "filter_backward")
+  assert {kernel.name for kernel in kernels} == {f"long_convolution_{name}" for name in names}
+  for kernel in kernels:
+    assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
+    assert sum(kernel.tensor_core.values()) > 0, kernel.name
+    assert kernel.blocks_per_core >= 1, kernel.name
+  if chip == "h100":  # whose matrices of 64 rows are for its own instruction
+    assert any("wgmma" in kernel.tensor_core for kernel in kernels)

@@ -190,7 +190,7 @@ def test_errors():
     ops.long_convolution(u, kernel, pre_gate=u[:, :1])
   with pytest.raises(ValueError, match="skip has shape"):
     ops.long_convolution(u, kernel, skip=jnp.zeros(4))
-  with pytest.raises(ValueError, match="has no gpu kernel"):
-    ops.long_convolution(u, kernel, implementation="gpu")
+  with pytest.raises(ValueError, match="u is float16, expected float32 or bfloat16"):
+    ops.long_convolution(u.astype(jnp.float16), kernel, implementation="gpu")
   with pytest.raises(ValueError, match="segment_ids"):
     ops.long_convolution(u, kernel, segment_ids=jnp.ones((2, 7), jnp.int32))
