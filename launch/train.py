@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import command_line
+import processes
 
 DESCRIPTION = """Trains a language model or a classifier as a run file says, or goes on with the run
 that the work directory holds.
@@ -60,6 +61,7 @@ def options() -> argparse.ArgumentParser:
   parser.add_argument(
     "--workdir", required=True, metavar="DIR", help="folder of the run; made if absent"
   )
+  processes.add_options(parser)
   return parser
 
 
@@ -97,7 +99,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  return command_line.exit_code(train, options().parse_args(argv))
+  return command_line.exit_code(processes.joined(train), options().parse_args(argv))
 
 
 if __name__ == "__main__":

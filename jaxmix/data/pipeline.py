@@ -102,7 +102,8 @@ class TextDataset:
     """Batches for training, without end; every epoch has each row once, in an order of its own.
 
     The order depends on the seed only. Of each global batch of `batch_size` rows, host `index` of
-    `count` takes every count-th row, so a step covers the same rows on any number of hosts.
+    `count` takes the index-th part, so a step covers the same rows, in the same order, on any
+    number of hosts.
 
     Args:
       batch_size: rows of a global batch.   seed: of the order, 0 to 2**32 - 1.
@@ -259,7 +260,7 @@ def shuffled_batches(
       f"less{repair}"
     )
   order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-  local = order[index::count].batch(batch_size // count, drop_remainder=True)
+  local = order.batch(batch_size // count, drop_remainder=True)[index::count]
   return Batches(
     local.to_iter_dataset(options),
     fingerprint={**fingerprint, "seed": int(seed), "batch_size": int(batch_size)},
@@ -271,8 +272,9 @@ def ordered_batches(rows: Rows, *, batch_size: int, shard: tuple[int, int]) -> I
   """The rows once, in order; the last batch is filled with zeros, and so are its weights."""
   index, count = check_shard(shard, batch_size)
   padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
-  for start in range(0, len(rows), batch_size):
-    places = range(start + index, start + batch_size, count)
+  share = batch_size // count
+  for start in range(index * share, len(rows) + index * share, batch_size):
+    places = range(start, start + share)
     yield rows_of.stack([rows[place] if place < len(rows) else padding for place in places])
 
 

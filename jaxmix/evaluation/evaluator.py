@@ -31,7 +31,12 @@ class Evaluator:
     self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
 
   def run(
-    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float | None
+    self,
+    params: dict,
+    batches: Iterable[dict],
+    *,
+    bytes_per_target: float | None,
+    rows: int | None = None,
   ) -> dict[str, float]:
     """Figures over all targets of the batches.
 
@@ -39,11 +44,12 @@ class Evaluator:
       params: the model's parameters.
       batches: dicts of arrays, such as the `epoch` of a data set yields.
       bytes_per_target: UTF-8 bytes of text for each target; None where targets are no text.
+      rows: of a whole batch, where `batches` are the share of this process; see `put_batch`.
     Returns:
       loss (nats per target); perplexity, bits_per_byte for text; the means of what else the
       objective sums up, such as accuracy; targets.
     """
-    sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
+    sums = [self._sums(params, put_batch(batch, self.mesh, rows=rows)) for batch in batches]
     return _mean(sums, bytes_per_target)
 
   def run_streams(
@@ -59,7 +65,9 @@ class Evaluator:
     state, sums = None, []
     for batch in batches:
       if state is None:
-        state = nnx.merge(self.graph, params).init_state(batch["inputs"].shape[0])
+        # Under jit, so that it lies on the mesh, which may be that of several processes.
+        rows = batch["inputs"].shape[0]
+        state = jax.jit(lambda params: nnx.merge(self.graph, params).init_state(rows))(params)
       total, state = self._streamed_sums(
         params, put_batch(batch, self.mesh), state, restart_positions
       )

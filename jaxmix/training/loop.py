@@ -19,7 +19,7 @@ from jaxmix.evaluation import Evaluator, figures
 from jaxmix.models.capacity import check_positions
 from jaxmix.objectives import causal_loss
 from jaxmix.ops import explain_implementation
-from jaxmix.sharding import make_mesh, put_batch
+from jaxmix.sharding import batch_share, make_mesh, put_batch
 from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.interruption import Interruption
 from jaxmix.training.metrics import MetricsWriter, PendingResults, StepTimer, peak_flops
@@ -107,13 +107,13 @@ def train(
 
   # ---------------------------------------------------------------- devices
   folder = pathlib.Path(workdir)
-  hosts = (jax.process_index(), jax.process_count())
-  primary = hosts[0] == 0
+  primary = jax.process_index() == 0
   mesh = mesh()
+  share = batch_share(batch_size, mesh)
 
   with jax.set_mesh(mesh), Interruption() as interruption:
     # -------------------------------------------------------------- data
-    batches = data.batches("train", batch_size=batch_size, seed=seed, shard=hosts)
+    batches = data.batches("train", batch_size=batch_size, seed=seed, shard=share)
     bytes_per_target = {split: data.bytes_per_target(split) for split in ("train", "validation")}
     outline = data.outline
 
@@ -170,11 +170,12 @@ def train(
         if step == start + 1:
           for line in explain_implementation(objective, skeleton, batch):
             metrics.note(line)
-        state, results = program.update(state, put_batch(batch, mesh))
+        state, results = program.update(state, put_batch(batch, mesh, rows=batch_size))
         pending.add(step, batch, results)
         timer.step_done(results)
 
-        stopping = interruption.requested is not None or step == steps
+        interrupted = interruption.reached()
+        stopping = interrupted or step == steps
         evaluating = step == steps or bool(evaluate_every and step % evaluate_every == 0)
         saving = stopping or evaluating or step % checkpoint_every == 0
 
@@ -185,12 +186,13 @@ def train(
           metrics.write(step, {**losses, **values, **timer.read()})
 
         validation_loss = None
-        if evaluating and interruption.requested is None:
+        if evaluating and not interrupted:
           with timer.excluded():
-            held_out = data.epoch("validation", batch_size=batch_size, shard=hosts)
+            held_out = data.epoch("validation", batch_size=batch_size, shard=share)
             validation = evaluator.run(
               state.get("ema", state["params"]),
               itertools.islice(held_out, evaluation_batches),
+              rows=batch_size,
               bytes_per_target=bytes_per_target["validation"],
             )
             validation_loss = validation["loss"]

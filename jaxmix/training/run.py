@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxmix.configuration import Configuration, load
 from jaxmix.data import LabelledDataset, Outline, TextDataset
 from jaxmix.models import abstract_parameters, parameter_shardings
-from jaxmix.sharding import named_sharding
+from jaxmix.sharding import batch_sharding
 from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.loop import train
 from jaxmix.training.step import TrainStep
@@ -114,8 +114,7 @@ def abstract_run(
 
   def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     shape = (value("batch_size"), *shape)
-    place = named_sharding(("batch", *(None,) * (len(shape) - 1)), shape, mesh)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(shape, mesh))
 
   batch = {name: array(*each) for name, each in outline.row.items()}
   return step, batch
