@@ -28,6 +28,10 @@ class Evaluator:
   def __init__(self, graph: nnx.GraphDef, *, mesh: Mesh, objective: Callable = causal_loss):
     self.graph, self.mesh = graph, mesh
     self._sums = jax.jit(lambda params, batch: objective(nnx.merge(graph, params), batch))
+    # Under jit, so that it lies on the mesh, which may be that of several processes.
+    self._initial_state = jax.jit(
+      lambda params, rows: nnx.merge(graph, params).init_state(rows), static_argnums=1
+    )
     self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
 
   def run(
@@ -65,9 +69,7 @@ class Evaluator:
     state, sums = None, []
     for batch in batches:
       if state is None:
-        # Under jit, so that it lies on the mesh, which may be that of several processes.
-        rows = batch["inputs"].shape[0]
-        state = jax.jit(lambda params: nnx.merge(self.graph, params).init_state(rows))(params)
+        state = self._initial_state(params, batch["inputs"].shape[0])
       total, state = self._streamed_sums(
         params, put_batch(batch, self.mesh), state, restart_positions
       )

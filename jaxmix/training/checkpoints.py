@@ -27,6 +27,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxmix.training.tree_differences import stored, tree_differences
 
 _LISTED_DIFFERENCES = 8
 
@@ -65,6 +68,17 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     return [info.step in kept for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to the loop.
+
+  Orbax would ask jax about steps of the past while it saves in the background, and jax would take
+  one of those for the step at which all processes are.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The checkpoints in one folder, of which the newest and the best are kept.
 
@@ -97,6 +111,11 @@ class Checkpoints:
     self._policy = _NewestAndBest(keep, keep_best)
     self._read_only = read_only
     self._under_way: _Save | None = None
+    self._handlers = {
+      "state": ocp.PyTreeCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+      "config": ocp.JsonCheckpointHandler(),
+    }
     # Orbax logs a failed save from several threads, each with its traceback; here it is raised.
     logging.getLogger("absl").addFilter(_not_an_orbax_error)
     if not read_only:
@@ -112,12 +131,7 @@ class Checkpoints:
       preservation_policy=self._policy,
       best_fn=_validation_loss,  # only so that Orbax writes the metrics item; the policy ranks
     )
-    handlers = {
-      "state": ocp.PyTreeCheckpointHandler(),
-      "data": ocp.JsonCheckpointHandler(),
-      "config": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    return _Manager(self.directory, options=options, item_handlers=self._handlers)
 
   def save(
     self,
@@ -212,6 +226,13 @@ class Checkpoints:
     items = self._read(step, state=wanted, data=ocp.args.JsonRestore())
     return items["state"], items["data"]
 
+  def set_aside(self, step: int) -> None:
+    """Renames a checkpoint to `<step>.damaged`, which nothing reads and nothing removes."""
+    if jax.process_index() == 0:
+      (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+    multihost_utils.sync_global_devices(f"set aside {step}")
+    self._manager.reload()
+
   def restore_parameters(self, step: int, abstract_params: Any, *, prefer: str = "ema") -> Any:
     """Reads the parameters alone, for evaluation and sampling, without the optimizer's state.
 
@@ -238,8 +259,13 @@ class Checkpoints:
       return self._manager.item_metadata(step)["state"].tree
 
   def _read(self, step: int, **arguments: Any) -> Any:
+    # Not by the manager, where a process that can read waits for those that cannot.
     with self._readable(step):
-      return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+      folder = self.directory / str(step)
+      return {
+        name: self._handlers[name].restore(folder / name, args=each)
+        for name, each in arguments.items()
+      }
 
   @contextlib.contextmanager
   def _readable(self, step: int) -> Iterator[None]:
@@ -267,8 +293,10 @@ class Checkpoints:
       yield
     except Exception as error:
       # The manager raises an old failure again and has forgotten the checkpoints that it meant to
-      # remove. A new one lists what is on the disk and removes what was half written.
-      self._manager = self._open()
+      # remove. A new one lists what is on the disk and removes what was half written; but all
+      # processes would have to make one, and the others wait for this save.
+      if jax.process_count() == 1:
+        self._manager = self._open()
       save, steps = self._under_way, self._manager.all_steps()
       need = f"it takes up to {_megabytes(save.needed_bytes)}"
       if save.free_bytes is not None:
@@ -281,7 +309,7 @@ class Checkpoints:
       ) from error
 
   def _compare(self, step: int, saved: Any, wanted: Any) -> None:
-    differences = _differences(_described(saved), _described(wanted))
+    differences = tree_differences(saved, wanted)
     if not differences:
       return
     lines = differences[:_LISTED_DIFFERENCES]
@@ -335,33 +363,6 @@ def _restore_arguments(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
   return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **options)
 
 
-def _stored(leaf: Any) -> Any:
-  """What stands for a leaf on the disk: a typed random key is stored as its integers."""
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-  return leaf
-
-
-def _described(tree: Any) -> dict[str, str]:
-  """Path of each leaf -> dtype and shape: "params/layers/qkv" -> "float32[6,256,768]"."""
-  described = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    stored = _stored(leaf)
-    shape = ",".join(str(size) for size in stored.shape)
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    described[name] = f"{stored.dtype}[{shape}]"
-  return described
-
-
-def _differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-  return [
-    f"{path}: checkpoint {saved.get(path, 'has nothing')}, "
-    f"the model wants {wanted.get(path, 'nothing')}"
-    for path in sorted({**saved, **wanted})
-    if saved.get(path) != wanted.get(path)
-  ]
-
-
 def _validation_loss(metrics: Mapping[str, float] | None) -> float | None:
   return (metrics or {}).get("validation_loss")
 
@@ -372,7 +373,7 @@ def _best_first(losses: Mapping[int, float | None]) -> list[int]:
 
 
 def _tree_bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in map(_stored, jax.tree.leaves(tree)))
+  return sum(x.size * x.dtype.itemsize for x in map(stored, jax.tree.leaves(tree)))
 
 
 def _is_remote(directory: epath.Path) -> bool:

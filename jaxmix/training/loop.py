@@ -24,6 +24,7 @@ from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.interruption import Interruption
 from jaxmix.training.metrics import MetricsWriter, PendingResults, StepTimer, peak_flops
 from jaxmix.training.plots import plot_losses
+from jaxmix.training.resume import restore_newest
 from jaxmix.training.step import TrainStep
 
 
@@ -138,12 +139,13 @@ def train(
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
-    start = saved = checkpoints.latest_step() or 0
-    if start:
-      state, position = checkpoints.restore(start, program.abstract_state())
-      batches.set_state(position)
+    newest = restore_newest(checkpoints, program.abstract_state())
+    if newest is None:
+      start, state = 0, program.init(seed, initial)
     else:
-      state = program.init(seed, initial)
+      start, state, position = newest
+      batches.set_state(position)
+    saved = start
     if primary:
       (folder / "config.gin").write_text(config)
 
