@@ -240,12 +240,9 @@ def _call(address: tuple[str, int], process: int, processes: int, deadline: floa
       with socket.create_connection(address, timeout=5) as caller:
         caller.sendall(json.dumps([process, socket.gethostname()]).encode() + b"\n")
         caller.settimeout(max(deadline - time.monotonic(), 0) + 10)  # process 0 may be slower
-        answer = caller.makefile().readline()
-      if answer:
-        return json.loads(answer)
-    except OSError:
-      pass
-    time.sleep(0.1)  # process 0 is not there yet
+        return json.loads(caller.makefile().readline())
+    except (OSError, ValueError):
+      time.sleep(0.1)  # process 0 is not there yet, or what answers is a former one that ends
   return None
 
 
