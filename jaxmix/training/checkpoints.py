@@ -19,8 +19,7 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxmix.training.storage import free_bytes, make_writable
 from jaxmix.training.tree_differences import stored, tree_differences
 
 _LISTED_DIFFERENCES = 8
@@ -79,6 +79,16 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+  """Waits for the other processes; while a failure is passed on, raises it instead.
+
+  Orbax would wait for them after a failed save, who wait at another point until that save is done.
+  """
+  if (failure := sys.exception()) is not None:
+    raise failure
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class Checkpoints:
   """The checkpoints in one folder, of which the newest and the best are kept.
 
@@ -119,7 +129,7 @@ class Checkpoints:
     # Orbax logs a failed save from several threads, each with its traceback; here it is raised.
     logging.getLogger("absl").addFilter(_not_an_orbax_error)
     if not read_only:
-      _make_writable(self.directory)
+      make_writable(self.directory)
     self._manager = self._open()
     if read_only and not self.steps():
       raise FileNotFoundError(self._no_checkpoint())
@@ -129,6 +139,7 @@ class Checkpoints:
       create=not self._read_only,
       cleanup_tmp_directories=not self._read_only,
       preservation_policy=self._policy,
+      async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
       best_fn=_validation_loss,  # only so that Orbax writes the metrics item; the policy ranks
     )
     return _Manager(self.directory, options=options, item_handlers=self._handlers)
@@ -174,7 +185,7 @@ class Checkpoints:
       data=ocp.args.JsonSave(json.loads(json.dumps(data))),  # a copy: it is written later
       config=ocp.args.JsonSave({"gin": config}),
     )
-    self._under_way = _Save(step, _tree_bytes(state), _free_bytes(self.directory))
+    self._under_way = _Save(step, _tree_bytes(state), free_bytes(self.directory))
     with self._named_failure():
       self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -336,23 +347,6 @@ def _check_count(name: str, value: int, *, least: int) -> None:
     raise kind(f"{name}={value!r} — expected an integer of at least {least} — use {name}={least}")
 
 
-def _make_writable(directory: epath.Path) -> None:
-  """Creates the folder and writes to it once: better now than after an hour of steps."""
-  repair = "move it, change its permissions, or use another work directory"
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    if not _is_remote(directory):
-      tempfile.TemporaryFile(dir=directory).close()
-  except (FileExistsError, NotADirectoryError) as error:
-    raise NotADirectoryError(
-      f"no checkpoints can go to {directory}: a file is in the way — expected a folder — {repair}"
-    ) from error
-  except OSError as error:
-    raise PermissionError(
-      f"no checkpoints can go to {directory}: {error} — expected a writable folder — {repair}"
-    ) from error
-
-
 def _restore_arguments(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
   def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -374,14 +368,6 @@ def _best_first(losses: Mapping[int, float | None]) -> list[int]:
 
 def _tree_bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in map(stored, jax.tree.leaves(tree)))
-
-
-def _is_remote(directory: epath.Path) -> bool:
-  return "://" in str(directory)
-
-
-def _free_bytes(directory: epath.Path) -> int | None:
-  return None if _is_remote(directory) else shutil.disk_usage(directory).free
 
 
 def _megabytes(count: int) -> str:
