@@ -240,7 +240,10 @@ class Checkpoints:
   def set_aside(self, step: int) -> None:
     """Renames a checkpoint to `<step>.damaged`, which nothing reads and nothing removes."""
     if jax.process_index() == 0:
-      (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+      aside = self.directory / f"{step}.damaged"
+      if aside.exists():  # the run has come by this step before
+        aside.rmtree()
+      (self.directory / str(step)).rename(aside)
     multihost_utils.sync_global_devices(f"set aside {step}")
     self._manager.reload()
 

@@ -111,6 +111,7 @@ class Job:
     supervised: whether each runs under launch/supervise.py.
     slow: seconds that each step takes at least.
     file_size: process -> the bytes that a file which it writes may have.
+    slurm: whether the processes find one another by the variables that Slurm sets for a step.
   """
 
   def __init__(
@@ -124,6 +125,7 @@ class Job:
     supervised=False,
     slow=0,
     file_size=None,
+    slurm=False,
   ):
     self.outputs = [workdir.with_suffix(f".{index}.txt") for index in range(processes)]
     self.processes = []
@@ -141,9 +143,16 @@ class Job:
     port = free_port()
     for index, output in enumerate(self.outputs):
       command = [*train, *(own or {}).get(index, ())]
-      if processes > 1:
+      place = {}
+      if slurm:
+        place = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost"}
+        place |= {"SLURM_NTASKS": str(processes), "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"}
+        command += ["--distributed", "auto"]
+      elif processes > 1:
         command += ["--coordinator", f"localhost:{port}", "--processes", processes]
-        command += ["--process", index, "--init_timeout", 60, "--heartbeat_timeout", HEARTBEAT]
+        command += ["--process", index]
+      if processes > 1:
+        command += ["--init_timeout", 60, "--heartbeat_timeout", HEARTBEAT]
       if supervised:
         command = [sys.executable, LAUNCH / "supervise.py", "--wait", 0.1, "--", *command]
       limit = (file_size or {}).get(index)
@@ -152,7 +161,7 @@ class Job:
       with open(output, "w") as file:
         self.processes.append(
           subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment
+            list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment | place
           )
         )
 
@@ -264,7 +273,7 @@ def assert_rows(folder, expected, *, readers):
 
 def test_a_signal_to_one_process_stops_all_and_others_go_on(train, folder, tmp_path, whole):
   workdir, expected = tmp_path / "run", rows(whole / "rows", 0)
-  job = train("--gin_param", "make_mesh.fsdp = 2", processes=2, slow=0.1)
+  job = train("--gin_param", "make_mesh.fsdp = 2", processes=2, slow=0.1, slurm=True)
   job.wait_for(lambda: "step  3/40" in job.text(0), "step 3")
   job.processes[1].send_signal(signal.SIGTERM)
   assert job.wait() == [75, 75], job.text()
@@ -330,3 +339,26 @@ def test_a_host_without_the_data_is_named_and_the_others_stop(train, tmp_path):
   assert last.startswith(f"train.py: process 1 of 2 on {socket.gethostname()}: error: ")
   assert f"{tmp_path}/absent" in last
   assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in job.text(0)
+
+
+def test_evaluation_by_several_processes_is_that_of_one(folder, whole, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+  monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{folder}")
+  command = [sys.executable, str(LAUNCH / "evaluate.py"), "--workdir", str(whole), "--json"]
+
+  def start(*options, devices=4):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+
+  streams = ("--carry_state", "--batch_size", "6")  # no multiple of the devices
+  place = (*streams, "--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process")
+  jobs = [start(*streams), start(*place, "0", devices=2), start(*place, "1", devices=2)]
+  one, first, second = (job.communicate(timeout=120)[0] for job in jobs)
+  assert [job.returncode for job in jobs] == [0, 0, 0] and "loss" not in second
+  one, first = json.loads(one), json.loads(first.splitlines()[-1])
+  assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
+  assert first["targets"] == one["targets"]
+  noted = (whole / "evaluations.jsonl").read_text().splitlines()
+  assert len(noted) == 2, "one line of each evaluation"
