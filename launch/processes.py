@@ -166,17 +166,29 @@ def _leave(error: BaseException, arguments: argparse.Namespace) -> None:
   """Tells of the error and ends the process at once: at its usual end it waits for the others."""
   import jax
 
-  where = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+  # Asking jax may have to wait for the others, so it is the second choice.
+  explicit = arguments.coordinator is not None
+  process = arguments.process if explicit else jax.process_index()
+  processes = arguments.processes if explicit else jax.process_count()
+  where = f"process {process} of {processes} on {socket.gethostname()}: "
   code = command_line.explained(error, show_traceback=arguments.traceback, where=where)
   if code is None:
     traceback.print_exception(error)
     print(f"{_program()}: {where}the error above ends this process", file=sys.stderr, flush=True)
-    code = 1
+  if code is None or _came_from_jax(error):
     # It may come from the loss of another process, which jax is then about to name.
     time.sleep(arguments.heartbeat_timeout + 5)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code)
+  os._exit(1 if code is None else code)
+
+
+def _came_from_jax(error: BaseException | None) -> bool:
+  import jax
+
+  while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    error = error.__cause__ or error.__context__
+  return error is not None
 
 
 def _program() -> str:

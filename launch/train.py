@@ -30,6 +30,8 @@ stopping and going on:
   The same command goes on from the newest checkpoint, step by step as if it had never stopped.
   Ctrl-C or SIGTERM saves first; a second Ctrl-C does not wait. After a kill, the steps since the
   last checkpoint are done again.
+  A newest checkpoint that is damaged is set aside, and the one before it is read.
+  launch/supervise.py runs the command again by itself.
 
 {processes.MANUAL}
   A signal to one of them saves and stops all, at the same step; it is noticed within seconds.
