@@ -72,8 +72,8 @@ def train(
   tensorboard/.
 
   Args:
-    workdir: folder of the run; made if absent. A run that it holds is continued from its newest
-      checkpoint.
+    workdir: folder of the run, one that all processes share; made if absent. A run that it holds
+      is continued from its newest whole checkpoint.
     model: factory `(*, rngs, **sizes) -> nnx.Module`; the sizes are those of `data.outline`, for
       text vocab_size.
     data: gives training batches and the validation split.
@@ -97,7 +97,7 @@ def train(
     tensorboard: also write TensorBoard events.
     config: text of the configuration, kept beside each checkpoint.
   Returns:
-    A Result; when SIGTERM or SIGINT came, after saving.
+    A Result; when SIGTERM or SIGINT came to any of the processes, after saving.
   Raises:
     NonFiniteLoss: a loss was NaN or infinite; nothing was saved since the last good checkpoint.
     CheckpointMismatch, ValueError: the checkpoint or the data are not of this configuration.
