@@ -7,6 +7,7 @@ chosen by giving its mesh axis more than one device: an axis of size 1 cuts noth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -245,16 +246,57 @@ def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
   return named_sharding(axes, shape, mesh)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows of a batch on the mesh as one global array a key, cut along the batch.
+def batch_share(rows: int, mesh: Mesh) -> tuple[int, int]:
+  """Which part of every batch this process has to read, as (index, count).
+
+  Processes whose devices hold the same rows, as along a tensor axis, have the same index. Where
+  processes share some rows and not others, and where the rows are not cut, each reads the whole
+  batch: (0, 1).
 
   Args:
-    batch: arrays [rows of this process, ...].
+    rows: of a batch, over all processes.
   """
+  shares, index = _shares(rows, mesh)
+  return index, len(shares)
+
+
+def put_batch(
+  batch: dict[str, np.ndarray], mesh: Mesh, *, rows: int | None = None
+) -> dict[str, jax.Array]:
+  """Puts a batch on the mesh as one global array a key; see `batch_sharding`.
+
+  Args:
+    batch: arrays [B, ...], equal in all processes; with `rows`, of this process's share of them.
+    rows: B, where the arrays hold the share that `batch_share` says.
+  """
+  whole = rows is None
+  rows = len(next(iter(batch.values()))) if whole else rows
+  shares, index = _shares(rows, mesh)
+  block = rows // sum(map(len, shares))
+  place = {first: first if whole else i * block for i, first in enumerate(shares[index])}
 
   def put(x: np.ndarray) -> jax.Array:
-    rows = x.shape[0] * jax.process_count()
     shape = (rows, *x.shape[1:])
-    return jax.make_array_from_process_local_data(batch_sharding(shape, mesh), x, shape)
+
+    def part(where: tuple[slice, ...]) -> np.ndarray:
+      first = place[where[0].indices(rows)[0]]
+      return x[(slice(first, first + block), *where[1:])]
+
+    return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), part)
 
   return {name: put(x) for name, x in batch.items()}
+
+
+@functools.cache
+def _shares(rows: int, mesh: Mesh) -> tuple[list[tuple[int, ...]], int]:
+  """The shares of a batch, each as the first rows of the blocks in it, and which is ours."""
+  held: dict[int, set[int]] = {}
+  blocks = named_sharding(("batch",), (rows,), mesh).devices_indices_map((rows,))
+  for device, (block,) in blocks.items():
+    held.setdefault(device.process_index, set()).add(block.indices(rows)[0])
+  shares = sorted({tuple(sorted(firsts)) for firsts in held.values()})
+  every = sorted(set().union(*shares))
+  apart = sum(map(len, shares)) == len(every)
+  if not apart or len({len(firsts) for firsts in shares}) > 1:
+    return [tuple(every)], 0
+  return shares, shares.index(tuple(sorted(held[jax.process_index()])))

@@ -69,40 +69,50 @@ def open_run(arguments: argparse.Namespace) -> Run:
 
 
 def exit_code(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-  """Does the work and returns its exit code; a mistake of the user becomes one line on stderr.
-
-  A mistake is what jaxmix itself raises, which checks what it is given, and what the operating
-  system refuses. Anything else is a defect, here or in a library, and keeps its traceback.
-  """
-  program = os.path.basename(sys.argv[0])
+  """Does the work and returns its exit code; a mistake of the user becomes one line on stderr."""
   try:
     code = work(arguments)
     sys.stdout.flush()
     return code
-  except BrokenPipeError:
+  except (Exception, KeyboardInterrupt) as error:
+    code = explained(error, show_traceback=arguments.traceback)
+    if code is None:
+      raise
+    return code
+
+
+def explained(error: BaseException, *, show_traceback: bool, where: str = "") -> int | None:
+  """Says in one line on stderr what the user did wrong; returns the exit code.
+
+  A mistake is what jaxmix itself raises, which checks what it is given, and what the operating
+  system refuses. Anything else is a defect, here or in a library: None, and nothing is said.
+
+  Args:
+    show_traceback: first show where in the code it was raised.
+    where: begins the line, such as the process.
+  """
+  program = f"{os.path.basename(sys.argv[0])}: {where}"
+  if isinstance(error, BrokenPipeError):
     # Whoever read the output has left. What is still buffered goes nowhere, so that the
     # interpreter does not complain when it flushes at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + 13  # as if by SIGPIPE, like every program in a pipe
-  except KeyboardInterrupt:
-    print(f"\n{program}: interrupted", file=sys.stderr)
+  if isinstance(error, KeyboardInterrupt):
+    print(f"\n{program}interrupted", file=sys.stderr)
     return 128 + 2  # as if by SIGINT
-  except ModuleNotFoundError as error:
-    if error.name not in ("jax", "jaxmix"):
-      raise
+  if isinstance(error, ModuleNotFoundError) and error.name in ("jax", "jaxmix"):
     print(
-      f"{program}: error: {sys.executable} has no {error.name} — expected an environment with "
+      f"{program}error: {sys.executable} has no {error.name} — expected an environment with "
       f"jaxmix — use the interpreter that this prints: bash {_ROOT / 'launch/environment.sh'}",
       file=sys.stderr,
     )
     return 1
-  except Exception as error:
-    if not _is_users(error):
-      raise
-    if arguments.traceback:
-      traceback.print_exc()
-    print(f"{program}: error: {error}", file=sys.stderr)
-    return 1
+  if not _is_users(error):
+    return None
+  if show_traceback:
+    traceback.print_exception(error)
+  print(f"{program}error: {error}", file=sys.stderr)
+  return 1
 
 
 def command(script: str, *options: str) -> str:
@@ -110,7 +120,7 @@ def command(script: str, *options: str) -> str:
   return shlex.join([_shown(sys.executable), _shown(str(_ROOT / "launch" / script)), *options])
 
 
-def _is_users(error: Exception) -> bool:
+def _is_users(error: BaseException) -> bool:
   """Whether the operating system refused, or a `raise` statement of our own code was reached."""
   frames = traceback.extract_tb(error.__traceback__)
   raised = frames[-1].filename.startswith(_OWN_CODE) and frames[-1].line.startswith("raise ")

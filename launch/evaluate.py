@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import command_line
+import processes
 
 DESCRIPTION = """Loss, perplexity and bits per byte of a trained language model over a whole split
 of its data; loss and accuracy of a classifier.
@@ -23,6 +24,8 @@ EPILOG = f"""output:
   token), perplexity, bits_per_byte, targets (tokens predicted). A classifier has step, split, loss
   (nats per example), accuracy (from 0 to 1), targets (examples). The object is also appended to
   evaluations.jsonl in the work directory.
+
+{processes.MANUAL}
 
 {command_line.EXIT_CODES}
 
@@ -49,12 +52,15 @@ def options() -> argparse.ArgumentParser:
     "--carry_state", action="store_true", help="carry the state along the split, see above"
   )
   parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+  processes.add_options(parser)
   return parser
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
   """Evaluates, prints and notes the figures; returns the exit code."""
   run = command_line.open_run(arguments)
+  import jax
+
   from jaxmix.evaluation.run import evaluate_split, evaluate_streams
 
   batch_size = arguments.batch_size
@@ -75,9 +81,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     row["state"] = "carried" if arguments.carry_state else "fresh"
   row |= figures
   text = json.dumps(row)
-  with open(Path(arguments.workdir).expanduser() / "evaluations.jsonl", "a") as notes:
-    notes.write(text + "\n")
-  print(text if arguments.json else _line(row))
+  if jax.process_index() == 0:
+    with open(Path(arguments.workdir).expanduser() / "evaluations.jsonl", "a") as notes:
+      notes.write(text + "\n")
+  processes.say(text if arguments.json else _line(row))
   return 0
 
 
@@ -96,7 +103,7 @@ def _line(row: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  return command_line.exit_code(evaluate, options().parse_args(argv))
+  return command_line.exit_code(processes.joined(evaluate), options().parse_args(argv))
 
 
 if __name__ == "__main__":

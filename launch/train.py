@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import command_line
+import processes
 
 DESCRIPTION = """Trains a language model or a classifier as a run file says, or goes on with the run
 that the work directory holds.
@@ -29,6 +30,11 @@ stopping and going on:
   The same command goes on from the newest checkpoint, step by step as if it had never stopped.
   Ctrl-C or SIGTERM saves first; a second Ctrl-C does not wait. After a kill, the steps since the
   last checkpoint are done again.
+  A newest checkpoint that is damaged is set aside, and the one before it is read.
+  launch/supervise.py runs the command again by itself.
+
+{processes.MANUAL}
+  A signal to one of them saves and stops all, at the same step; it is noticed within seconds.
 
 {command_line.EXIT_CODES}
   75   stopped by a signal, and saved: run the same command again (EX_TEMPFAIL, for schedulers)
@@ -60,6 +66,7 @@ def options() -> argparse.ArgumentParser:
   parser.add_argument(
     "--workdir", required=True, metavar="DIR", help="folder of the run; made if absent"
   )
+  processes.add_options(parser)
   return parser
 
 
@@ -74,30 +81,32 @@ def train(arguments: argparse.Namespace) -> int:
     arguments.gin_file, arguments.gin_param, root=training.train, supplied=SUPPLIED
   )
   text = run.operative_text()
-  print(text, flush=True)
+  processes.say(text)
   result = run.call(workdir=arguments.workdir, config=text)
   workdir = ("--workdir", arguments.workdir)
   if result.interrupted:
     files = [word for name in arguments.gin_file for word in ("--gin_file", name)]
     params = [word for line in arguments.gin_param for word in ("--gin_param", line)]
-    print(
+    processes.say(
       f"stopped by {result.interrupted} and saved after step {result.step}; to go on:\n"
       f"  {command_line.command('train.py', *files, *params, *workdir)}"
     )
     return EXIT_CODE
-  print(
+  processes.say(
     f"trained {result.step} steps: checkpoints, metrics.jsonl and loss.png are in "
     f"{arguments.workdir}; next:\n"
     f"  {command_line.command('evaluate.py', *workdir)}"
   )
   if isinstance(run.value("data"), TextDataset):
-    print(f"  {command_line.command('generate.py', *workdir, '--prompt', 'The ')}")
+    processes.say(f"  {command_line.command('generate.py', *workdir, '--prompt', 'The ')}")
   return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  return command_line.exit_code(train, options().parse_args(argv))
+  return command_line.exit_code(
+    processes.joined(train, agreed_stop=True), options().parse_args(argv)
+  )
 
 
 if __name__ == "__main__":

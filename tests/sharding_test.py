@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmix import sharding
+from jaxmix.compile_ahead.targets import target
 from jaxmix.mixers import Attention, LinearAttention
 from jaxmix.models import Decoder
 from jaxmix.training import TrainStep, adamw, muon
@@ -83,6 +84,39 @@ def test_batch_lies_cut_over_the_devices():
   batch = sharding.put_batch({"inputs": np.arange(24).reshape(8, 3)}, mesh)
   assert batch["inputs"].sharding.spec == P(("data", "fsdp"), None)
   np.testing.assert_array_equal(batch["inputs"], np.arange(24).reshape(8, 3))
+
+
+def test_rows_of_tokens_are_cut_along_their_length_too():
+  mesh = jax.make_mesh((2, 1, 1, 4), sharding.MESH_AXES)
+  rows, labels = np.arange(32).reshape(4, 8), np.arange(4)
+  batch = sharding.put_batch({"inputs": rows, "labels": labels}, mesh)
+  assert batch["inputs"].sharding.spec == P("data", "sequence")
+  assert {shard.data.shape for shard in batch["inputs"].addressable_shards} == {(2, 2)}
+  np.testing.assert_array_equal(batch["inputs"], rows)
+  np.testing.assert_array_equal(batch["labels"], labels)
+
+
+@pytest.mark.parametrize(
+  ("shape", "rows", "shares"),
+  [
+    ((16, 1, 1, 1), 16, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((1, 4, 2, 2), 8, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ((2, 1, 8, 1), 8, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two hosts hold the same rows
+    ((2, 1, 2, 4), 8, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ((1, 1, 16, 1), 8, [(0, 1)] * 4),
+    ((16, 1, 1, 1), 12, [(0, 1)] * 4),  # not cut: every device holds all of it
+  ],
+)
+def test_hosts_that_hold_the_same_rows_have_one_share(monkeypatch, shape, rows, shares):
+  devices = sorted(target("v5e:4x4").devices(), key=lambda device: device.process_index)
+  mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.MESH_AXES)
+  found = []
+  for process in range(4):
+    sharding._shares.cache_clear()
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    found.append(sharding.batch_share(rows, mesh))
+  sharding._shares.cache_clear()
+  assert found == shares
 
 
 def test_kernel_sees_its_own_part():

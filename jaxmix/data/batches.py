@@ -244,7 +244,7 @@ def indexed_batches(
     epochs: how often what has been read, by rows taken.
   """
   index, count = check_shard(shard, batch_size)
-  local = order[index::count].batch(batch_size // count, drop_remainder=True)
+  local = order.batch(batch_size // count, drop_remainder=True)[index::count]
   return IndexedBatches(
     local.to_iter_dataset(options),
     fingerprint={**fingerprint, "batch_size": int(batch_size)},
@@ -283,8 +283,9 @@ def ordered_batches(rows: Rows, *, batch_size: int, shard: tuple[int, int]) -> I
   """The rows once, in order; the last batch is filled with zeros, and so are its weights."""
   index, count = check_shard(shard, batch_size)
   padding = {key: np.zeros_like(array) for key, array in rows[0].items()}
-  for start in range(0, len(rows), batch_size):
-    places = range(start + index, start + batch_size, count)
+  share = batch_size // count
+  for start in range(index * share, len(rows) + index * share, batch_size):
+    places = range(start, start + share)
     yield stack([rows[place] if place < len(rows) else padding for place in places])
 
 

@@ -127,8 +127,9 @@ class TextDataset:
     """Batches for training, without end; every epoch has each row once, in an order of its own.
 
     The order depends on the seed only, and with `readers` on their number. Of each global batch of
-    `batch_size` rows, host `index` of `count` takes every count-th row, so a step covers the same
-    rows on any number of hosts; with `readers`, on any that divides them.
+    `batch_size` rows, host `index` of `count` takes the index-th part, so a step covers the same
+    rows, in the same order, on any number of hosts; with `readers` every count-th row: the same
+    rows on any number of hosts that divides the readers.
 
     Args:
       batch_size: rows of a global batch.   seed: of the order, 0 to 2**32 - 1.

@@ -28,10 +28,19 @@ class Evaluator:
   def __init__(self, graph: nnx.GraphDef, *, mesh: Mesh, objective: Callable = causal_loss):
     self.graph, self.mesh = graph, mesh
     self._sums = jax.jit(lambda params, batch: objective(nnx.merge(graph, params), batch))
+    # Under jit, so that it lies on the mesh, which may be that of several processes.
+    self._initial_state = jax.jit(
+      lambda params, rows: nnx.merge(graph, params).init_state(rows), static_argnums=1
+    )
     self._streamed_sums = jax.jit(self._stream, donate_argnums=2, static_argnums=3)
 
   def run(
-    self, params: dict, batches: Iterable[dict], *, bytes_per_target: float | None
+    self,
+    params: dict,
+    batches: Iterable[dict],
+    *,
+    bytes_per_target: float | None,
+    rows: int | None = None,
   ) -> dict[str, float]:
     """Figures over all targets of the batches.
 
@@ -39,11 +48,12 @@ class Evaluator:
       params: the model's parameters.
       batches: dicts of arrays, such as the `epoch` of a data set yields.
       bytes_per_target: UTF-8 bytes of text for each target; None where targets are no text.
+      rows: of a whole batch, where `batches` are the share of this process; see `put_batch`.
     Returns:
       loss (nats per target); perplexity, bits_per_byte for text; the means of what else the
       objective sums up, such as accuracy; targets.
     """
-    sums = [self._sums(params, put_batch(batch, self.mesh)) for batch in batches]
+    sums = [self._sums(params, put_batch(batch, self.mesh, rows=rows)) for batch in batches]
     return _mean(sums, bytes_per_target)
 
   def run_streams(
@@ -59,7 +69,7 @@ class Evaluator:
     state, sums = None, []
     for batch in batches:
       if state is None:
-        state = nnx.merge(self.graph, params).init_state(batch["inputs"].shape[0])
+        state = self._initial_state(params, batch["inputs"].shape[0])
       total, state = self._streamed_sums(
         params, put_batch(batch, self.mesh), state, restart_positions
       )

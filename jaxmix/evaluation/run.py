@@ -12,6 +12,7 @@ from jaxmix.data import LabelledDataset, TextDataset
 from jaxmix.evaluation.evaluator import Evaluator
 from jaxmix.models.capacity import check_stream_length
 from jaxmix.objectives import causal_loss
+from jaxmix.sharding import batch_share
 
 
 def evaluate_split(
@@ -40,7 +41,8 @@ def evaluate_split(
   with jax.set_mesh(mesh):
     return Evaluator(graph, mesh=mesh, objective=objective).run(
       params,
-      data.epoch(split, batch_size=batch_size),
+      data.epoch(split, batch_size=batch_size, shard=batch_share(batch_size, mesh)),
+      rows=batch_size,
       bytes_per_target=data.bytes_per_target(split),
     )
 

@@ -19,14 +19,17 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxmix.training.storage import free_bytes, make_writable
+from jaxmix.training.tree_differences import stored, tree_differences
 
 _LISTED_DIFFERENCES = 8
 
@@ -65,6 +68,27 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     return [info.step in kept for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to the loop.
+
+  Orbax would ask jax about steps of the past while it saves in the background, and jax would take
+  one of those for the step at which all processes are.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+  """Waits for the other processes; while a failure is passed on, raises it instead.
+
+  Orbax would wait for them after a failed save, who wait at another point until that save is done.
+  """
+  if (failure := sys.exception()) is not None:
+    raise failure
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class Checkpoints:
   """The checkpoints in one folder, of which the newest and the best are kept.
 
@@ -97,10 +121,15 @@ class Checkpoints:
     self._policy = _NewestAndBest(keep, keep_best)
     self._read_only = read_only
     self._under_way: _Save | None = None
+    self._handlers = {
+      "state": ocp.PyTreeCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+      "config": ocp.JsonCheckpointHandler(),
+    }
     # Orbax logs a failed save from several threads, each with its traceback; here it is raised.
     logging.getLogger("absl").addFilter(_not_an_orbax_error)
     if not read_only:
-      _make_writable(self.directory)
+      make_writable(self.directory)
     self._manager = self._open()
     if read_only and not self.steps():
       raise FileNotFoundError(self._no_checkpoint())
@@ -110,14 +139,10 @@ class Checkpoints:
       create=not self._read_only,
       cleanup_tmp_directories=not self._read_only,
       preservation_policy=self._policy,
+      async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
       best_fn=_validation_loss,  # only so that Orbax writes the metrics item; the policy ranks
     )
-    handlers = {
-      "state": ocp.PyTreeCheckpointHandler(),
-      "data": ocp.JsonCheckpointHandler(),
-      "config": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    return _Manager(self.directory, options=options, item_handlers=self._handlers)
 
   def save(
     self,
@@ -160,7 +185,7 @@ class Checkpoints:
       data=ocp.args.JsonSave(json.loads(json.dumps(data))),  # a copy: it is written later
       config=ocp.args.JsonSave({"gin": config}),
     )
-    self._under_way = _Save(step, _tree_bytes(state), _free_bytes(self.directory))
+    self._under_way = _Save(step, _tree_bytes(state), free_bytes(self.directory))
     with self._named_failure():
       self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -212,6 +237,16 @@ class Checkpoints:
     items = self._read(step, state=wanted, data=ocp.args.JsonRestore())
     return items["state"], items["data"]
 
+  def set_aside(self, step: int) -> None:
+    """Renames a checkpoint to `<step>.damaged`, which nothing reads and nothing removes."""
+    if jax.process_index() == 0:
+      aside = self.directory / f"{step}.damaged"
+      if aside.exists():  # the run has come by this step before
+        aside.rmtree()
+      (self.directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices(f"set aside {step}")
+    self._manager.reload()
+
   def restore_parameters(self, step: int, abstract_params: Any, *, prefer: str = "ema") -> Any:
     """Reads the parameters alone, for evaluation and sampling, without the optimizer's state.
 
@@ -238,8 +273,13 @@ class Checkpoints:
       return self._manager.item_metadata(step)["state"].tree
 
   def _read(self, step: int, **arguments: Any) -> Any:
+    # Not by the manager, where a process that can read waits for those that cannot.
     with self._readable(step):
-      return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+      folder = self.directory / str(step)
+      return {
+        name: self._handlers[name].restore(folder / name, args=each)
+        for name, each in arguments.items()
+      }
 
   @contextlib.contextmanager
   def _readable(self, step: int) -> Iterator[None]:
@@ -267,8 +307,10 @@ class Checkpoints:
       yield
     except Exception as error:
       # The manager raises an old failure again and has forgotten the checkpoints that it meant to
-      # remove. A new one lists what is on the disk and removes what was half written.
-      self._manager = self._open()
+      # remove. A new one lists what is on the disk and removes what was half written; but all
+      # processes would have to make one, and the others wait for this save.
+      if jax.process_count() == 1:
+        self._manager = self._open()
       save, steps = self._under_way, self._manager.all_steps()
       need = f"it takes up to {_megabytes(save.needed_bytes)}"
       if save.free_bytes is not None:
@@ -281,7 +323,7 @@ class Checkpoints:
       ) from error
 
   def _compare(self, step: int, saved: Any, wanted: Any) -> None:
-    differences = _differences(_described(saved), _described(wanted))
+    differences = tree_differences(saved, wanted)
     if not differences:
       return
     lines = differences[:_LISTED_DIFFERENCES]
@@ -308,23 +350,6 @@ def _check_count(name: str, value: int, *, least: int) -> None:
     raise kind(f"{name}={value!r} — expected an integer of at least {least} — use {name}={least}")
 
 
-def _make_writable(directory: epath.Path) -> None:
-  """Creates the folder and writes to it once: better now than after an hour of steps."""
-  repair = "move it, change its permissions, or use another work directory"
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    if not _is_remote(directory):
-      tempfile.TemporaryFile(dir=directory).close()
-  except (FileExistsError, NotADirectoryError) as error:
-    raise NotADirectoryError(
-      f"no checkpoints can go to {directory}: a file is in the way — expected a folder — {repair}"
-    ) from error
-  except OSError as error:
-    raise PermissionError(
-      f"no checkpoints can go to {directory}: {error} — expected a writable folder — {repair}"
-    ) from error
-
-
 def _restore_arguments(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
   def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -333,33 +358,6 @@ def _restore_arguments(abstract: Any, **options: Any) -> ocp.args.PyTreeRestore:
   abstract = jax.tree.map(placed, abstract)
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
   return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **options)
-
-
-def _stored(leaf: Any) -> Any:
-  """What stands for a leaf on the disk: a typed random key is stored as its integers."""
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-  return leaf
-
-
-def _described(tree: Any) -> dict[str, str]:
-  """Path of each leaf -> dtype and shape: "params/layers/qkv" -> "float32[6,256,768]"."""
-  described = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    stored = _stored(leaf)
-    shape = ",".join(str(size) for size in stored.shape)
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    described[name] = f"{stored.dtype}[{shape}]"
-  return described
-
-
-def _differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-  return [
-    f"{path}: checkpoint {saved.get(path, 'has nothing')}, "
-    f"the model wants {wanted.get(path, 'nothing')}"
-    for path in sorted({**saved, **wanted})
-    if saved.get(path) != wanted.get(path)
-  ]
 
 
 def _validation_loss(metrics: Mapping[str, float] | None) -> float | None:
@@ -372,15 +370,7 @@ def _best_first(losses: Mapping[int, float | None]) -> list[int]:
 
 
 def _tree_bytes(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in map(_stored, jax.tree.leaves(tree)))
-
-
-def _is_remote(directory: epath.Path) -> bool:
-  return "://" in str(directory)
-
-
-def _free_bytes(directory: epath.Path) -> int | None:
-  return None if _is_remote(directory) else shutil.disk_usage(directory).free
+  return sum(x.size * x.dtype.itemsize for x in map(stored, jax.tree.leaves(tree)))
 
 
 def _megabytes(count: int) -> str:

@@ -19,11 +19,12 @@ from jaxmix.evaluation import Evaluator, figures
 from jaxmix.models.capacity import check_positions
 from jaxmix.objectives import causal_loss
 from jaxmix.ops import explain_implementation
-from jaxmix.sharding import make_mesh, put_batch
+from jaxmix.sharding import batch_share, make_mesh, put_batch
 from jaxmix.training.checkpoints import Checkpoints
 from jaxmix.training.interruption import Interruption
 from jaxmix.training.metrics import MetricsWriter, PendingResults, StepTimer, peak_flops
 from jaxmix.training.plots import plot_losses
+from jaxmix.training.resume import restore_newest
 from jaxmix.training.step import TrainStep
 
 
@@ -71,8 +72,8 @@ def train(
   tensorboard/.
 
   Args:
-    workdir: folder of the run; made if absent. A run that it holds is continued from its newest
-      checkpoint.
+    workdir: folder of the run, one that all processes share; made if absent. A run that it holds
+      is continued from its newest whole checkpoint.
     model: factory `(*, rngs, **sizes) -> nnx.Module`; the sizes are those of `data.outline`, for
       text vocab_size.
     data: gives training batches and the validation split.
@@ -96,7 +97,7 @@ def train(
     tensorboard: also write TensorBoard events.
     config: text of the configuration, kept beside each checkpoint.
   Returns:
-    A Result; when SIGTERM or SIGINT came, after saving.
+    A Result; when SIGTERM or SIGINT came to any of the processes, after saving.
   Raises:
     NonFiniteLoss: a loss was NaN or infinite; nothing was saved since the last good checkpoint.
     CheckpointMismatch, ValueError: the checkpoint or the data are not of this configuration.
@@ -107,13 +108,13 @@ def train(
 
   # ---------------------------------------------------------------- devices
   folder = pathlib.Path(workdir)
-  hosts = (jax.process_index(), jax.process_count())
-  primary = hosts[0] == 0
+  primary = jax.process_index() == 0
   mesh = mesh()
+  share = batch_share(batch_size, mesh)
 
   with jax.set_mesh(mesh), Interruption() as interruption:
     # -------------------------------------------------------------- data
-    batches = data.batches("train", batch_size=batch_size, seed=seed, shard=hosts)
+    batches = data.batches("train", batch_size=batch_size, seed=seed, shard=share)
     bytes_per_target = {split: data.bytes_per_target(split) for split in ("train", "validation")}
     outline = data.outline
 
@@ -138,12 +139,13 @@ def train(
 
     # -------------------------------------------------------------- checkpoint, or a fresh start
     checkpoints = Checkpoints(folder / "checkpoints", keep=keep, keep_best=keep_best)
-    start = saved = checkpoints.latest_step() or 0
-    if start:
-      state, position = checkpoints.restore(start, program.abstract_state())
-      batches.set_state(position)
+    newest = restore_newest(checkpoints, program.abstract_state())
+    if newest is None:
+      start, state = 0, program.init(seed, initial)
     else:
-      state = program.init(seed, initial)
+      start, state, position = newest
+      batches.set_state(position)
+    saved = start
     if primary:
       (folder / "config.gin").write_text(config)
 
@@ -170,11 +172,12 @@ def train(
         if step == start + 1:
           for line in explain_implementation(objective, skeleton, batch):
             metrics.note(line)
-        state, results = program.update(state, put_batch(batch, mesh))
+        state, results = program.update(state, put_batch(batch, mesh, rows=batch_size))
         pending.add(step, batch, results)
         timer.step_done(results)
 
-        stopping = interruption.requested is not None or step == steps
+        interrupted = interruption.reached()
+        stopping = interrupted or step == steps
         evaluating = step == steps or bool(evaluate_every and step % evaluate_every == 0)
         saving = stopping or evaluating or step % checkpoint_every == 0
 
@@ -185,12 +188,13 @@ def train(
           metrics.write(step, {**losses, **values, **batches.epochs, **timer.read()})
 
         validation_loss = None
-        if evaluating and interruption.requested is None:
+        if evaluating and not interrupted:
           with timer.excluded():
-            held_out = data.epoch("validation", batch_size=batch_size, shard=hosts)
+            held_out = data.epoch("validation", batch_size=batch_size, shard=share)
             validation = evaluator.run(
               state.get("ema", state["params"]),
               itertools.islice(held_out, evaluation_batches),
+              rows=batch_size,
               bytes_per_target=bytes_per_target["validation"],
             )
             validation_loss = validation["loss"]
