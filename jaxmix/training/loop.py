@@ -130,6 +130,7 @@ def train(
     evaluator = Evaluator(program.graph, mesh=mesh, objective=objective)
     skeleton = nnx.merge(program.graph, program.parameters)
     if outline.unit == "tokens":
+      _check_parts(outline.length, mesh)
       check_positions(
         skeleton,
         outline.length,
@@ -237,6 +238,16 @@ def _introduction(
   )
   if start:
     yield f"going on from the checkpoint of step {start}"
+
+
+def _check_parts(length: int, mesh: Mesh) -> None:
+  parts = mesh.shape.get("sequence", 1)
+  if length % parts:
+    raise ValueError(
+      f"train: rows of length={length} do not cut into {parts} equal parts, so each of the "
+      f"{parts} devices of a row would work on all of it — expected a multiple of "
+      f"make_mesh.sequence={parts} — set TextDataset.length = {-(-length // parts) * parts}"
+    )
 
 
 def _check_counts(**counts: int) -> None:

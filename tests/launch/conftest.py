@@ -180,19 +180,6 @@ def train_options(script) -> Callable[[list[str]], dict]:
   """The options of train.py that words of a command line give."""
 
   def read(words: list[str]) -> dict:
-    options = script("train").options()
-    known, others = options.parse_known_args(words)
-    place = {
-      name: int(value) if value.isdecimal() else value
-      for name, value in zip(others[::2], others[1::2], strict=True)
-    }
-    assert {*place} <= {
-      "--distributed",
-      "--coordinator",
-      "--processes",
-      "--process",
-      "--init_timeout",
-    }
-    return {**vars(known), **{name.removeprefix("--"): value for name, value in place.items()}}
+    return vars(script("train").options().parse_args(words))
 
   return read

@@ -117,8 +117,6 @@ def test_what_cannot_run_here_is_refused(local, cluster, capsys, more, message):
 
 
 def test_two_processes_train_one_run(script, trained, tmp_path, capsys):
-  if "--coordinator" not in script("train").options().format_help():
-    pytest.skip("train.py knows of one process only")
   folder = tmp_path / "run"
   words = ["--gin_file", str(trained.gin_file), "--workdir", str(folder), "--target", "cpu:2x2"]
   code = script("local").main([*words, "--gin_file", "configs/mesh/fsdp_slices2.gin"])

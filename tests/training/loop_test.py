@@ -204,11 +204,17 @@ def test_a_run_goes_on_over_another_mesh_with_the_same_losses(settings, tmp_path
     pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
   train(tmp_path / "one", **settings)
   train(tmp_path / "two", **{**settings, "steps": 3})
-  cut = functools.partial(sharding.make_mesh, data=2, fsdp=2, tensor=2)
+  cut = functools.partial(sharding.make_mesh, data=1, fsdp=2, tensor=2, sequence=2)
   train(tmp_path / "two", **{**settings, "mesh": cut})
   one, two = (_losses(tmp_path / name) for name in ("one", "two"))
   assert list(one) == list(two)
   np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=1e-5)  # float32, 6 steps
+
+
+def test_rows_that_do_not_cut_evenly_are_refused(settings, tmp_path):
+  cut = functools.partial(sharding.make_mesh, data=1, sequence=5, devices=jax.devices()[:5])
+  with pytest.raises(ValueError, match=r"rows of length=32 do not cut .* TextDataset.length = 35"):
+    train(tmp_path, **{**settings, "mesh": cut})
 
 
 def test_the_average_of_the_parameters_is_what_is_evaluated(settings, tmp_path):
