@@ -21,9 +21,9 @@ remembers at most Attention.max_length tokens of a stream."""
 
 EPILOG = f"""output:
   A line, or with --json an object: step, split, state ("fresh" or "carried"), loss (nats per
-  token), perplexity, bits_per_byte, targets (tokens predicted). A classifier has step, split, loss
-  (nats per example), accuracy (from 0 to 1), targets (examples). The object is also appended to
-  evaluations.jsonl in the work directory.
+  token), perplexity, bits_per_byte but for masked models, targets (tokens predicted). A classifier
+  has step, split, loss (nats per example), accuracy (from 0 to 1), targets (examples). The object
+  is also appended to evaluations.jsonl in the work directory.
 
 {processes.MANUAL}
 
@@ -94,10 +94,11 @@ def _line(row: dict) -> str:
       f"step {row['step']}, {row['split']}: accuracy {row['accuracy']:.2%}, "
       f"loss {row['loss']:.4f} nats/example over {row['targets']:,} examples"
     )
+  bits = f", {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""
   return (
     f"step {row['step']}, {row['split']}, {row['state']} state: "
-    f"perplexity {row['perplexity']:.3f}, loss {row['loss']:.4f} nats/token, "
-    f"{row['bits_per_byte']:.4f} bits/byte over {row['targets']:,} tokens"
+    f"perplexity {row['perplexity']:.3f}, loss {row['loss']:.4f} nats/token{bits} "
+    f"over {row['targets']:,} tokens"
   )
 
 

@@ -37,7 +37,6 @@ example:
 def options() -> argparse.ArgumentParser:
   """The options, with the manual."""
   parser = argparse.ArgumentParser(
-    usage="%(prog)s [options] -- command",
     description=DESCRIPTION,
     epilog=EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,6 +59,7 @@ def options() -> argparse.ArgumentParser:
   parser.add_argument(
     "--longest_wait", type=float, default=600, metavar="SECONDS", help="default %(default)s"
   )
+  parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="to run, with its options")
   return parser
 
 
@@ -129,10 +129,9 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
-  split = argv.index("--") if "--" in argv else len(argv)
-  parser, command = options(), argv[split + 1 :]
-  arguments = parser.parse_args(argv[:split])
+  parser = options()
+  arguments = parser.parse_args(argv)
+  command = arguments.command
   if not command:
     parser.error("no command — expected one after -- — see the example in --help")
   workdir = _workdir(command)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmix.objectives import binary_figures, causal_loss, cross_entropy
+from jaxmix.objectives import binary_figures, causal_loss, cross_entropy, is_masked
 from jaxmix.sharding import put_batch
 
 BINARY = ("positive", "predicted", "true_positive")  # what `binary_figures` is of
@@ -26,7 +26,7 @@ class Evaluator:
   """
 
   def __init__(self, graph: nnx.GraphDef, *, mesh: Mesh, objective: Callable = causal_loss):
-    self.graph, self.mesh = graph, mesh
+    self.graph, self.mesh, self.objective = graph, mesh, objective
     self._sums = jax.jit(lambda params, batch: objective(nnx.merge(graph, params), batch))
     # Under jit, so that it lies on the mesh, which may be that of several processes.
     self._initial_state = jax.jit(
@@ -50,11 +50,10 @@ class Evaluator:
       bytes_per_target: UTF-8 bytes of text for each target; None where targets are no text.
       rows: of a whole batch, where `batches` are the share of this process; see `put_batch`.
     Returns:
-      loss (nats per target); perplexity, bits_per_byte for text; the means of what else the
-      objective sums up, such as accuracy; targets.
+      See `figures`; the means of what else the objective sums up, such as accuracy; targets.
     """
     sums = [self._sums(params, put_batch(batch, self.mesh, rows=rows)) for batch in batches]
-    return _mean(sums, bytes_per_target)
+    return _mean(sums, bytes_per_target, self.objective)
 
   def run_streams(
     self, params: dict, batches: Iterable[dict], *, bytes_per_target: float, restart_positions: bool
@@ -85,25 +84,27 @@ class Evaluator:
     return (loss, batch["weights"].sum()), state
 
 
-def figures(loss: float, bytes_per_target: float | None) -> dict[str, float]:
-  """The three ways to state the loss of a language model; that of another has one.
+def figures(
+  loss: float, bytes_per_target: float | None, objective: Callable = causal_loss
+) -> dict[str, float]:
+  """The ways to state the loss of a language model; that of another has one.
 
   Args:
     loss: nats per target.   bytes_per_target: UTF-8 bytes of text for each target; None where
-      targets are no text.
+      targets are no text.   objective: what the loss is of.
   Returns:
-    loss; for text also perplexity = exp(loss), bits_per_byte = loss / ln 2 / bytes_per_target.
+    loss; for text also perplexity = exp(loss), and where all of it is asked for, bits_per_byte =
+    loss / ln 2 / bytes_per_target.
   """
   if bytes_per_target is None:
     return {"loss": loss}
-  return {
-    "loss": loss,
-    "perplexity": math.exp(loss) if loss < 700 else math.inf,
-    "bits_per_byte": loss / math.log(2) / bytes_per_target,
-  }
+  bits = {} if is_masked(objective) else {"bits_per_byte": loss / math.log(2) / bytes_per_target}
+  return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, **bits}
 
 
-def _mean(sums: list[tuple], bytes_per_target: float | None) -> dict[str, float]:
+def _mean(
+  sums: list[tuple], bytes_per_target: float | None, objective: Callable = causal_loss
+) -> dict[str, float]:
   def total(*parts):
     return float(np.sum(parts, dtype=np.float64))
 
@@ -111,4 +112,5 @@ def _mean(sums: list[tuple], bytes_per_target: float | None) -> dict[str, float]
   means = {name: value / weight for each in further for name, value in each.items()}
   binary = {name: means.pop(name) for name in BINARY if name in means}
   further = binary_figures(**binary) if binary else {}
-  return {**figures(loss / weight, bytes_per_target), **means, **further, "targets": int(weight)}
+  text = figures(loss / weight, bytes_per_target, objective)
+  return {**text, **means, **further, "targets": int(weight)}

@@ -63,7 +63,7 @@ class ImplicitFilter(nnx.Module):
       )
     self.positions = nnx.Param(
       jnp.asarray(lag_features(max_length, features), jnp.float32),
-      axes=("position", "features"),
+      axes=("lag", "features"),
       inputs=0,
     )
     self.frequency = nnx.Param(jnp.full(hidden, float(frequency)), axes=("hidden",), inputs=0)

@@ -7,6 +7,13 @@ of the weights, are reported beside the loss.
 
 from jaxmix.objectives.causal import causal_loss, cross_entropy
 from jaxmix.objectives.classification import binary_figures, classification_loss
-from jaxmix.objectives.masked import masked_loss
+from jaxmix.objectives.masked import is_masked, masked_loss
 
-__all__ = ["binary_figures", "causal_loss", "classification_loss", "cross_entropy", "masked_loss"]
+__all__ = [
+  "binary_figures",
+  "causal_loss",
+  "classification_loss",
+  "cross_entropy",
+  "is_masked",
+  "masked_loss",
+]

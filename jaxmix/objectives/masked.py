@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +31,10 @@ def masked_loss(
 
   Args:
     model: a `jaxmix.models.MaskedLM`.
-    batch: inputs [B, T] int32, and for packed rows segment_ids, positions [B, T] int32. Targets and
-      weights, which are of the next token, are not read.
-    dropout_key: of the choice too. None means no dropout, and a choice by the content of the batch,
-      so that an evaluation comes out the same twice.
+    batch: inputs [B, T] int32, weights [B, T] float32, 0 at padding, and for packed rows
+      segment_ids, positions [B, T] int32. Targets, which are of the next token, are not read.
+    dropout_key: of the choice too. None means no dropout, and a choice in each row by its content,
+      so that an evaluation comes out the same whatever rows share a batch.
     mask_id: the token that hides, [MASK] of BERT's vocabulary.
     rate, evaluation_rate: the share that is chosen, with a key and without.
   Returns:
@@ -39,17 +42,20 @@ def masked_loss(
   Source: Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the rates are those of Fu et al. 2023
     (arXiv 2310.12109).
   """
-  tokens, segment_ids = batch["inputs"], batch.get("segment_ids")
+  tokens, live = batch["inputs"], batch["weights"] != 0
   if dropout_key is None:
     rate = evaluation_rate
-    key = jax.random.fold_in(jax.random.key(0), jnp.sum(tokens).astype(jnp.uint32))
+    # Sums of integers are the same in any order, and so on any mesh.
+    contents = jnp.sum(tokens, axis=1).astype(jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), contents)
   else:
     key, dropout_key = jax.random.split(dropout_key)
-  live = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
-  places, weights, shown = choose(key, tokens, live, rate, mask_id, model.vocab_size)
+    keys = jax.random.split(key, len(tokens))
+  one_row = functools.partial(choose, rate=rate, mask_id=mask_id, vocab_size=model.vocab_size)
+  places, weights, shown = jax.vmap(one_row)(keys, tokens, live)
   features = model.encoder(
     shown,
-    segment_ids=segment_ids,
+    segment_ids=batch.get("segment_ids"),
     positions=batch.get("positions"),
     dropout_key=dropout_key,
   )
@@ -59,26 +65,30 @@ def masked_loss(
   return total, weights.sum()
 
 
-def choose(key, tokens, live, rate: float, mask_id: int, vocab_size: int):
-  """Which tokens are asked for, and what is shown of a row.
+def is_masked(objective: Callable) -> bool:
+  """Whether an objective is `masked_loss`, some of its arguments maybe given: its loss is that of
+  the chosen tokens, seen from both sides, and says nothing of the bits that a text takes."""
+  return inspect.unwrap(getattr(objective, "func", objective)) is masked_loss
+
+
+def choose(key, tokens, live, *, rate: float, mask_id: int, vocab_size: int):
+  """Which tokens of a row are asked for, and what is shown of it.
 
   Args:
-    tokens: [B, T] int32.   live: [B, T] bool, False at padding.
+    tokens: [T] int32.   live: [T] bool, False at padding.
   Returns:
-    places [B, K] int32 and weights [B, K] float32, 0 where a row has fewer than K to choose;
-    shown [B, T] int32.
+    places [K] int32 and weights [K] float32, 0 where there are fewer than K to choose; shown [T]
+    int32.
   """
   order_key, kind_key, any_key = jax.random.split(key, 3)
-  most = math.ceil(rate * tokens.shape[1])
+  most = math.ceil(rate * len(tokens))
   score = jnp.where(live, jax.random.uniform(order_key, tokens.shape), -1)
   _, places = jax.lax.top_k(score, most)
-  wanted = jnp.ceil(rate * jnp.sum(live, axis=1, keepdims=True))
-  weights = (jnp.arange(most) < wanted).astype(jnp.float32)
+  weights = (jnp.arange(most) < jnp.ceil(rate * jnp.sum(live))).astype(jnp.float32)
   kind = jax.random.uniform(kind_key, places.shape)
   other = jax.random.randint(any_key, places.shape, 0, vocab_size, tokens.dtype)
-  kept = jnp.take_along_axis(tokens, places, axis=1)
+  kept = tokens[places]
   seen = jnp.where(kind < SHOWN_AS_MASK, mask_id, kept)
   seen = jnp.where((kind >= SHOWN_AS_MASK) & (kind < SHOWN_AS_MASK + SHOWN_AS_ANY), other, seen)
   seen = jnp.where(weights > 0, seen, kept)
-  rows = jnp.arange(len(tokens))[:, None]
-  return places, weights, jnp.asarray(tokens).at[rows, places].set(seen)
+  return places, weights, tokens.at[places].set(seen)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmix.ops.monarch import monarch_multiply
+
 
 def causal_monarch(u: jax.Array, kernel: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
   """The product of rows with a kernel, both as polynomials in the basis (see the module).
@@ -38,13 +40,13 @@ def causal_monarch(u: jax.Array, kernel: jax.Array, low: jax.Array, high: jax.Ar
   Cost O(T^1.5 D) time, O(b^3) parameters.
   """
   base = _check(u, kernel, low, high)
-  size = base * base
-  first, second = _factors(low, high)
-  length = u.shape[1]
-  rows = _values(u.swapaxes(1, 2), first, second)
-  filters = _values(kernel, first, second)
-  # Values stand as [i0, i1] at the root of number i0 + b i1.
-  product = (rows * filters).swapaxes(-1, -2).reshape(*rows.shape[:-2], size)
+  factors, length = monarch_factors(low, high), u.shape[1]
+
+  def transform(rows):
+    rows = jnp.pad(rows, [*((0, 0),) * (rows.ndim - 1), (0, base * base // 2 - rows.shape[-1])])
+    return monarch_multiply(rows.astype(factors[0].dtype), factors, leading_permutation=True)
+
+  product = transform(u.swapaxes(1, 2)) * transform(kernel)
   return jnp.fft.ifft(product).real[..., :length].swapaxes(1, 2)
 
 
@@ -76,9 +78,10 @@ def _check(u, kernel, low, high) -> int:
   return base
 
 
-def _factors(low, high):
-  """The block-diagonal factors of the transform: [j0, i0, j1], r_{j0, j1} at the roots of unity of
-  order b, and [i0, i1, j0], l_{j0} at those of order N, of number i0 + b i1."""
+def monarch_factors(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The factors, complex, with which `monarch_multiply` with a leading permutation takes
+  coefficients in the basis to values at the N-th roots of unity: [j0, i0, j1], r_{j0, j1} at the
+  roots of order b, and [i0, i1, j0], l_{j0} at those of order N, of number i0 + b i1."""
   base = low.shape[0]
   dtype = jnp.result_type(low.dtype, jnp.complex64)
   small = np.outer(np.arange(base), np.arange(base // 2)) % base
@@ -89,13 +92,3 @@ def _factors(low, high):
   large = jnp.asarray(np.exp(-2j * np.pi * turns / base**2), dtype)
   second = jnp.einsum("xya,ja->xyj", large, jnp.triu(low).astype(dtype), precision="highest")
   return first, second
-
-
-def _values(rows, first, second):
-  """[..., n or fewer] -> [..., i0, i1], the values of the polynomials."""
-  base = len(first)
-  padding = base * base // 2 - rows.shape[-1]
-  rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padding)]).astype(first.dtype)
-  digits = rows.reshape(*rows.shape[:-1], base // 2, base)
-  inner = jnp.einsum("jik,...kj->...ij", first, digits, precision="highest")
-  return jnp.einsum("iyj,...ij->...iy", second, inner, precision="highest")

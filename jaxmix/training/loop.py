@@ -185,7 +185,7 @@ def train(
         if step % log_every == 0 or step == start + 1 or saving:
           good = str(folder / "checkpoints" / str(saved)) if saved else None
           values = pending.read(checkpoint=good)
-          losses = figures(values.pop("loss"), bytes_per_target["train"])
+          losses = figures(values.pop("loss"), bytes_per_target["train"], objective)
           metrics.write(step, {**losses, **values, **batches.epochs, **timer.read()})
 
         validation_loss = None

@@ -1,12 +1,14 @@
 """Optimizers and learning-rate schedules, all optax.
 
 An optimizer here is a function of the parameters' axes: which parameters decay, and along which
-axes a stacked weight is a matrix, is read from where each parameter was declared.
+axes a stacked weight is a matrix, is read from where each parameter was declared. So is which have
+a learning rate of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import optax
@@ -62,6 +64,7 @@ def adamw(
   eps: float = 1e-8,
   weight_decay: float = 0.1,
   clip_norm: float | None = 1.0,
+  rate_factors: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """AdamW with global-norm clipping; matrices decay, norms and biases do not.
 
@@ -70,6 +73,10 @@ def adamw(
     learning_rate: a number, or a schedule of the step.
     b1, b2, eps: of Adam.   weight_decay: times the learning rate.   clip_norm: of the whole
       gradient; None means no clipping.
+    rate_factors: logical axis -> factor of the learning rate of the parameters that have it, such
+      as {"hidden": 1.25, "lag": 0.01} for the networks of implicit filters and their table of lags.
+  Raises:
+    ValueError: no parameter has such an axis, or one is a point of a manifold.
   Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); defaults of Brown et al. 2020 (arXiv
     2005.14165), appendix B.
   """
@@ -78,6 +85,7 @@ def adamw(
   return optax.chain(
     _clip(clip_norm),
     optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays),
+    *([_scaled("adamw", axes, rate_factors)] if rate_factors else []),
   )
 
 
@@ -161,6 +169,23 @@ def _check_flat(name: str, axes: dict) -> None:
         f"{axis.manifold!r}, which the steps of {name} leave — expected parameters without a "
         f"manifold — use with_subspaces, with {name} as its optimizer for the others"
       )
+
+
+def _scaled(name: str, axes: dict, factors: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies the step of each parameter by the factors of its axes."""
+  known = {axis for each in jax.tree.leaves(axes) for axis in each.names}
+  if unknown := sorted(factors.keys() - known):
+    raise ValueError(
+      f"{name}: rate_factors has the axis {unknown[0]!r}, which no parameter has — expected some "
+      f"of {', '.join(sorted(known))} — leave it out, or use one of these"
+    )
+  scales = jax.tree.map(lambda each: math.prod(factors.get(axis, 1.0) for axis in each.names), axes)
+
+  def scale(updates, _):
+    # Frozen parameters have no step: their place holds a tree without leaves.
+    return jax.tree.map(lambda by, step: jax.tree.map(lambda x: by * x, step), scales, updates)
+
+  return optax.stateless(scale)
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

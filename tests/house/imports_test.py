@@ -32,7 +32,11 @@ DOORS = {
   "tokenizers": ("jaxmix/data/subword.py",),
   "orbax": ("jaxmix/training/checkpoints.py",),
   "tensorboardX": ("jaxmix/training/metrics.py",),
-  "matplotlib": ("jaxmix/training/plots.py", "jaxmix/analysis/plots.py"),
+  "matplotlib": (
+    "jaxmix/training/plots.py",
+    "jaxmix/analysis/plots.py",
+    "jaxmix/compile_ahead/scaling.py",
+  ),
   "optax": ("jaxmix/training/",),
   "cloudpickle": ("jaxmix/compile_ahead/",),
   "flax": (

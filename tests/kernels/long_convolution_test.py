@@ -99,6 +99,43 @@ def test_definition(implementation, name, dtype, without, interpreted, no_worse)
   no_worse(found, by_xla, exact, name, units=UNITS[jnp.dtype(dtype).name])
 
 
+@pytest.mark.parametrize("case", ["circular1", "circular3", "order3", "pack_two_reals"])
+def test_golden(case, golden, interpreted, no_worse):
+  """Circular rows of public programs, in one block and in two, in pairs and alone."""
+  data = np.load(golden / "monarch" / "fftconv.npz")
+  if case == "pack_two_reals":
+    x, y = (np.stack([data[f"{case}/{of}{row}"] for row in "ab"]) for of in ("", "conv_"))
+    x, y = x[..., None], y[..., None]
+  else:
+    x, y = (data[f"{case}/{name}"].swapaxes(1, 2) for name in ("x", "y"))
+  k = np.atleast_2d(data[f"{case}/k"])
+  arrays = {"u": x, "kernel": k, "reverse_kernel": k[:, ::-1]}  # around the end of the row
+  arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+  found, by_xla = (
+    {"y": ops.long_convolution(**arrays, implementation=name)[0]} for name in ("tpu", "xla")
+  )
+  no_worse(found, by_xla, {"y": y}, case)
+
+
+@pytest.mark.parametrize("case", ["circular0", "circular1"])
+def test_golden_spectrum(case, golden, monkeypatch, close, rounding):
+  """Of the filters in the order [k1, k2] that public kernels have, at their two sizes; and of rows,
+  which those divide by the length."""
+  data = np.load(golden / "monarch" / "fftconv.npz")
+  rows, columns = (int(data[f"{case}/{name}"]) for name in ("N1", "N2"))
+  monkeypatch.setattr(tpu, "COLUMNS", columns)
+  sizes = tpu.Sizes(rows // 2)
+  x, k, spectra, filters = (data[f"{case}/{name}"] for name in ("x", "k", "Y", "kperm"))
+
+  def spectrum(c):
+    parts = np.asarray(tpu.spectrum(c.astype(np.float32), sizes), np.float64)
+    return np.moveaxis(parts[:, :columns] + 1j * parts[:, columns:], -1, 0)
+
+  found = (spectrum(x.reshape(-1, sizes.points)) / sizes.points, spectrum(k))
+  expected = (spectra.reshape(-1, rows, columns), filters)
+  close(found, expected, tolerance=rounding(jnp.float32, rows + columns))
+
+
 def test_only_what_is_there_is_read():
   """The kernels read nothing outside their arrays and nothing that is not written before: NaN there
   changes no value."""

@@ -179,6 +179,31 @@ def test_golden_mixer(case, golden, close):
   close(*run_case(data, mixer, (0, 1, 2)), tolerance=TOLERANCE)
 
 
+@pytest.mark.parametrize("case", ["bidirectional_residual_norm", "causal_residual_short"])
+def test_golden_mixer_inside(case, golden, close, errors, rounding):
+  """The filters of both convolutions, of all lags and of some; and in float32 it is as near to the
+  result as the public program is, within a factor of two."""
+  data = Golden(golden, "m2_seqmixer", case)
+  mixer = MonarchMixer(
+    data["u"].shape[2],
+    visibility="full" if data["bidirectional"] else "causal",
+    residual=True,
+    norm=bool(data["training_additions"]),
+    rngs=nnx.Rngs(params=0),
+    **data.filter_options("filter_fn."),
+  )
+  nnx.update(mixer, data.ours("param/", mixer))
+  length, names = data["u"].shape[1], ("k", "k_rev", "k2", "k2_rev")
+  found = (*mixer.gated(length), *mixer.residual(length))
+  close(found, tuple(data[name] for name in names if name in data), tolerance=TOLERANCE)
+  graph, parameters = nnx.split(mixer)
+  u, parameters = jax.tree.map(lambda x: x.astype(jnp.float32), (data["u"], parameters))
+  y, _ = nnx.merge(graph, parameters)(u)
+  assert y.dtype == jnp.float32
+  ours, public = (max(errors(each, data["y"])[:2]) for each in (y, data["y_f32"]))
+  assert ours <= 2 * public + rounding(jnp.float32, 2)
+
+
 @pytest.mark.parametrize(("case", "order"), [("hyena0", (1, 0, 2)), ("hyena1", (2, 1, 0, 3))])
 def test_golden_hyena(case, order, golden, close):
   """The Hyena operator, whose gates come in the other order."""
@@ -190,6 +215,19 @@ def test_golden_hyena(case, order, golden, close):
     **data.filter_options("filter_fn."),
   )
   close(*run_case(data, mixer, order), tolerance=TOLERANCE)
+
+
+def check_state(data: Golden, state, seen: int, close):
+  """Behind a prompt: the last inputs of the short convolution, those of the long one, and what the
+  next tokens get from them."""
+  gated, last = state["gated_0"], data["state_conv"]
+  close(state["convolution"].reshape(last.shape), last, tolerance=TOLERANCE)
+  close(gated["memory"][:, :seen], data["state_gated"].swapaxes(1, 2), tolerance=TOLERANCE)
+  for name, stored in (("gated_0", "state_pending"), ("residual", "state_pending2")):
+    if stored in data:
+      block = state[name]["pending"].shape[1]
+      pending = data[stored][..., :block].swapaxes(1, 2)
+      close(state[name]["pending"], pending, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["decode0", "decode1"])
@@ -209,6 +247,8 @@ def test_golden_stream(case, golden, close):
   for start, end in ((0, prefill), *((t, t + 1) for t in range(prefill, data["u"].shape[1]))):
     y, state = step(data["u"][:, start:end], state)
     found.append(y)
+    if end == prefill:
+      check_state(data, state, prefill, close)
   close(np.concatenate(found, 1), data["y"], tolerance=TOLERANCE)
   close(np.concatenate(found[1:], 1), data["y_decoded"], tolerance=TOLERANCE)
 
@@ -286,16 +326,18 @@ def test_golden_bert(case, golden, close):
   @jax.jit
   def run(parameters):
     def loss(parameters):
-      logits = nnx.merge(graph, parameters)(tokens)
+      model = nnx.merge(graph, parameters)
+      hidden, logits = model.encoder(tokens), model(tokens)
       asked = labels != -100
       log_p = jax.nn.log_softmax(logits.astype(jnp.float64))
       log_p = jnp.take_along_axis(log_p, jnp.where(asked, labels, 0)[..., None], -1)[..., 0]
-      return -jnp.sum(jnp.where(asked, log_p, 0)) / asked.sum(), logits
+      return -jnp.sum(jnp.where(asked, log_p, 0)) / asked.sum(), (hidden, logits)
 
-    (loss, logits), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
-    return loss, logits, gradients
+    (loss, out), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
+    return loss, out, gradients
 
-  expected = (data["loss"], data["logits"], gradients)
+  last = data[f"hidden{encoder.keywords['depth']}"]
+  expected = (data["loss"], (last, data["logits"]), gradients)
   close(run(parameters), expected, tolerance=10 * TOLERANCE)
 
 

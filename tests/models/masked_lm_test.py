@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxmix import sharding
 from jaxmix.mixers import Attention, MonarchMixer
 from jaxmix.models import Encoder, MaskedLM
 from jaxmix.objectives import masked_loss
@@ -69,15 +70,22 @@ def model():
 def batch():
   ids = np.array([[1] * 24, [1] * 9 + [2] * 6 + [0] * 9], np.int32)
   tokens = np.random.default_rng(0).integers(5, VOCABULARY, ids.shape).astype(np.int32)
-  return {"inputs": np.where(ids != 0, tokens, 0).astype(np.int32), "segment_ids": ids}
+  live = ids != 0
+  inputs = np.where(live, tokens, 0).astype(np.int32)
+  return {"inputs": inputs, "weights": live.astype(np.float32), "segment_ids": ids}
+
+
+def choose_rows(keys, tokens, live, vocabulary: int):
+  """Of several rows, a share of 0.3 behind the mask 4."""
+  one_row = functools.partial(choose, rate=0.3, mask_id=4, vocab_size=vocabulary)
+  return jax.vmap(one_row)(keys, tokens, live)
 
 
 def test_loss_is_that_of_the_logits(model, batch, close):
   """Of the chosen tokens of the very rows that are shown."""
   key = jax.random.key(3)
-  places, weights, shown = choose(
-    jax.random.split(key)[0], batch["inputs"], batch["segment_ids"] != 0, 0.3, 4, VOCABULARY
-  )
+  keys = jax.random.split(jax.random.split(key)[0], 2)
+  places, weights, shown = choose_rows(keys, batch["inputs"], batch["weights"] != 0, VOCABULARY)
   log_p = jax.nn.log_softmax(model(shown, segment_ids=batch["segment_ids"]))
   rows = np.arange(2)[:, None]
   expected = -np.sum(weights * log_p[rows, places, batch["inputs"][rows, places]])
@@ -89,7 +97,8 @@ def test_choice():
   """Shares of what is chosen and how it is shown, in a long row; padding is never chosen."""
   tokens = np.random.default_rng(1).integers(5, 1000, (2, 20_000)).astype(np.int32)
   live = np.arange(20_000) < np.array([[20_000], [5_000]])
-  places, weights, shown = map(np.asarray, choose(jax.random.key(0), tokens, live, 0.3, 4, 1000))
+  keys = jax.random.split(jax.random.key(0), 2)
+  places, weights, shown = map(np.asarray, choose_rows(keys, tokens, live, 1000))
   assert weights.sum(1).tolist() == [6000, 1500]
   for row in range(2):
     chosen = places[row][weights[row] > 0]
@@ -101,15 +110,35 @@ def test_choice():
     np.testing.assert_array_equal(shown[row, untouched], tokens[row, untouched])
 
 
-def test_evaluation_repeats(model, batch):
-  """Without a key the choice hangs on the batch alone; with one, on the key."""
+def test_evaluation_repeats(model, batch, close):
+  """Without a key the choice in a row hangs on its tokens alone, whatever rows are beside it, and
+  wherever: rows of padding, of no weight, are not asked for. With a key, it hangs on that."""
   loss = jax.jit(functools.partial(masked_loss, mask_id=4))
-  assert loss(model, batch) == loss(model, batch)
-  assert loss(model, batch)[1] == 4 + 3
+  whole = loss(model, batch)
+  assert whole == loss(model, batch)
+  assert whole[1] == 4 + 3
+  alone = [loss(model, {name: x[row : row + 1] for name, x in batch.items()}) for row in range(2)]
+  close(np.sum(alone, 0), np.array(whole), tolerance=1e-6)
   other = {**batch, "inputs": batch["inputs"][::-1]}
-  assert loss(model, other)[0] != loss(model, batch)[0]
+  assert loss(model, other)[0] != whole[0]
   one, two = (loss(model, batch, jax.random.key(seed))[0] for seed in range(2))
   assert one != two
+  padding = {name: np.zeros_like(batch[name]) for name in ("inputs", "weights")}
+  rows = {name: batch[name][:1] for name in padding}
+  filled = {name: np.concatenate([rows[name], padding[name]]) for name in padding}
+  close(loss(model, filled), loss(model, rows), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2, "sequence": 2}])
+def test_evaluation_is_the_same_on_a_mesh(sizes, model, batch, close):
+  """Rows that are cut over 8 devices, and their length too, have the same tokens chosen."""
+  rows = {name: np.tile(x, (4, 1)) for name, x in batch.items()}
+  rows["inputs"] = rows["inputs"] + np.arange(8, dtype=np.int32)[:, None] % 3
+  loss = jax.jit(functools.partial(masked_loss, mask_id=4))
+  expected, mesh = loss(model, rows), sharding.make_mesh(**sizes)
+  with jax.set_mesh(mesh):
+    found = loss(model, sharding.put_batch(rows, mesh))
+  close(found, expected, tolerance=1e-6)
 
 
 def test_padding_changes_nothing(batch, close):

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from jaxmix import ops
+from jaxmix.ops.causal_monarch import monarch_factors
 
 TOLERANCE = 1e-10  # that of the golden folder for float64
+
+
+def load(golden, case):
+  data = np.load(golden / "monarch" / "causal_monarch.npz")
+  return {key[len(case) + 1 :]: data[key] for key in data.files if key.startswith(f"{case}/")}
 
 
 def identity(base: int):
@@ -18,9 +24,8 @@ def identity(base: int):
 
 @pytest.mark.parametrize("case", ["causal0", "causal1", "causal2"])
 def test_golden(case, golden, float64, close):
-  """Values, and gradients of rows, kernel and coefficients; the basis as a matrix."""
-  data = np.load(golden / "monarch" / "causal_monarch.npz")
-  data = {key[len(case) + 1 :]: data[key] for key in data.files if key.startswith(f"{case}/")}
+  """Values, and gradients of rows, kernel and coefficients."""
+  data = load(golden, case)
 
   def run(u, k, low, high):
     y = ops.causal_monarch(u[..., None], k[None], low, high)
@@ -29,6 +34,21 @@ def test_golden(case, golden, float64, close):
   y, pull = jax.vjp(run, *(data[name] for name in ("u", "k", "lam", "rho")))
   expected = data["y"], tuple(data[f"d{name}"] for name in ("u", "k", "lam", "rho"))
   close((y, pull(data["dy"])), expected, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["causal0", "causal1", "causal2"])
+def test_golden_transform(case, golden, float64, close):
+  """It is a Monarch matrix of these factors; and in front of the convolution stands that of the
+  basis, which is triangular."""
+  data = load(golden, case)
+  factors = monarch_factors(data["lam"], data["rho"])
+  close(factors, (data["R_blocks"], data["L_blocks"]), tolerance=TOLERANCE)
+  u, k, basis = data["u"], data["k"], data["Q"]
+  values = ops.monarch_multiply(u.astype(complex), factors, leading_permutation=True)
+  close(values, data["analysis_u"], tolerance=TOLERANCE)
+  convolved, _ = ops.long_convolution((u @ basis.T)[..., None], (basis @ k)[None])
+  found = ops.causal_monarch(u[..., None], k[None], data["lam"], data["rho"])
+  close(found, convolved, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize(("length", "lags"), [(32, 32), (19, 32), (32, 5), (1, 1)])

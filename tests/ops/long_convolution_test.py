@@ -71,6 +71,32 @@ def test_golden_truncated(golden, float64, close):
   close(found, y.swapaxes(1, 2), tolerance=1e-6)  # stored in float32
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("case", ["circular0", "circular1", "circular2", "order3"])
+def test_golden_circular(case, implementation, golden, float64, close):
+  """With the same filter to both sides a row is convolved with itself around its end."""
+  data = np.load(golden / "monarch" / "fftconv.npz")
+  x, k, y = (data[f"{case}/{name}"] for name in ("x", "k", "y"))
+  arrays = {"u": x.swapaxes(1, 2), "kernel": k, "reverse_kernel": k[:, ::-1]}
+  close(run(arrays, None, None, implementation)[0], y.swapaxes(1, 2), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", [
+  "causal", "bidirectional", "bidirectional_residual", "bidirectional_residual_norm",
+  "causal_residual_short", "bidirectional_residual_short",
+])  # fmt: skip
+def test_golden_inside_a_mixer(case, golden, float64, close):
+  """What the published mixer makes of its gated input, with its filters and the weights of the
+  token itself."""
+  data = np.load(golden / "monarch" / "m2_seqmixer.npz")
+  names = {"kernel": "k", "reverse_kernel": "k_rev", "skip": "param/filter_fn.bias"}
+  arrays = {
+    name: data[f"{case}/{stored}"] for name, stored in names.items() if f"{case}/{stored}" in data
+  }
+  u, y = (data[f"{case}/{name}"].swapaxes(1, 2) for name in ("gated_in", "conv_out"))
+  close(run({"u": u, **arrays}, None, None)[0], y, tolerance=TOLERANCE)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_definition(length, float64, close):
   """Both sides, gates and skip, filters of the row's length: direct sums with numpy."""

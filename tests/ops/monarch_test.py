@@ -25,7 +25,7 @@ def cases(golden):
   return load
 
 
-FILES = ("blockdiag", "monarch", "projection")
+FILES = ("blockdiag", "fftconv", "monarch", "projection")
 
 
 def factors_of(data) -> tuple[np.ndarray, ...]:
@@ -94,6 +94,68 @@ def test_fourier(radices, float64, close, cases):
       close(factors, factors_of(stored), tolerance=1e-13)
 
 
+@pytest.mark.parametrize("case", ["circular0", "circular1", "circular2", "circular3", "order3"])
+def test_golden_convolution(case, cases, float64, close):
+  """One Monarch map is a transform; two, with the product of spectra between them, a circular
+  convolution."""
+  data = cases("fftconv", case)
+  radices = tuple(data["radices"]) if "radices" in data else (int(data["N1"]), int(data["N2"]))
+  factors = ops.fourier_factors(radices)
+
+  def transform(x):
+    return ops.monarch_multiply(jnp.asarray(x, complex), factors, leading_permutation=True)
+
+  product = transform(data["x"]) * transform(data["k"])
+  y = jnp.conj(transform(jnp.conj(product))) / product.shape[-1]
+  close(y.real, data["y"], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["circular0", "circular1"])
+def test_golden_convolution_by_stages(case, cases, float64, close):
+  """Each factor of the transform, and of that back, as published kernels have them beside: the
+  second with the twiddles of both in it."""
+  data = cases("fftconv", case)
+  x, first, last = data["x"], *ops.fourier_factors((int(data["N1"]), int(data["N2"])))
+  columns = x.reshape(data["A"].shape).swapaxes(-1, -2).reshape(x.shape)
+
+  def stage(x, factor):
+    return ops.block_diagonal_multiply(jnp.asarray(x, complex).reshape(data["x"].shape), factor)
+
+  found = {
+    "A": stage(columns, first).reshape(columns.shape[:-1] + first.shape[:2]).swapaxes(-1, -2),
+    "Y": stage(data["A"], last).reshape(data["Y"].shape) / x.shape[-1],
+    "Btw": stage(data["Z"], last.conj().swapaxes(1, 2)).reshape(data["Btw"].shape),
+  }
+  close(found, {name: data[name] for name in found}, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  ("case", "between"),
+  [("m2_generic_layer_id", jnp.asarray), ("m2_generic_layer_relu", jax.nn.relu)],
+)
+def test_golden_layer(case, between, cases, float64, close):
+  """The layer that the paper writes down, of four Monarch maps, two along the length and two along
+  the channels: values and every gradient."""
+  data = cases("monarch", case)
+
+  def parameters(kind):
+    return {key.removeprefix(kind): x for key, x in data.items() if key.startswith(kind)}
+
+  def run(x, p):
+    def multiply(number, x):
+      factors = p[f"m{number}.L"], p[f"m{number}.R"]
+      return ops.monarch_multiply(x, factors, leading_permutation=True)
+
+    mixed = multiply(2, between(p["n_kernel"] * multiply(1, x.swapaxes(1, 2)))).swapaxes(1, 2)
+    y = multiply(4, jax.nn.relu(p["d_kernel"] * multiply(3, mixed))) + mixed
+    y = jax.nn.standardize(y, epsilon=1e-5) * p["ln.weight"] + p["ln.bias"]
+    return y, mixed
+
+  (y, mixed), pull = jax.vjp(run, data["x"], parameters("param/"))
+  expected = data["y"], data["x_tilde"], (data["dx"], parameters("grad/"))
+  close((y, mixed, pull((data["dy"], jnp.zeros_like(mixed)))), expected, tolerance=TOLERANCE)
+
+
 @pytest.mark.parametrize("radices", [(4, 6), (2, 3, 4)])
 def test_leading_permutation(radices, float64, close):
   """Without it, the digits of the input stand in the order of those of the output."""
@@ -146,11 +208,13 @@ def test_golden_projection_of_row_groups(cases, float64, close):
 
 
 def test_golden_projection_of_fourier(cases, float64, close):
-  """The Fourier transform, its columns in the order that the form expects, is recovered."""
-  for case in ("fft0", "fft1", "fft2"):
+  """The Fourier transform, its columns in the order that the form expects, is recovered, and that
+  back."""
+  for case in ("fft0", "fft1", "fft2", "ifft0", "ifft1", "ifft2"):
     data = cases("projection", case)
     n, permutation = int(data["n"]), data["perm"]
-    dense = np.fft.fft(np.eye(n), norm="ortho")[:, permutation]
+    transform = np.fft.ifft if case.startswith("ifft") else np.fft.fft
+    dense = transform(np.eye(n), norm="ortho")[:, permutation]
     factors = ops.project_to_monarch(dense)
     y = ops.monarch_multiply(
       jnp.asarray(data["x"])[:, permutation].astype(complex), factors, leading_permutation=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,14 @@ def folder(tmp_path_factory):
   result = start(folder, "masked", MASKED)
   assert np.isfinite(result.validation["loss"])
   return folder
+
+
+def test_loss_of_masked_tokens_is_not_in_bits_per_byte(folder):
+  """It is of some tokens only, told from both sides: perplexity is all that it has."""
+  rows = (folder / "masked" / "metrics.jsonl").read_text().splitlines()
+  for row in map(json.loads, rows):
+    assert "perplexity" in row and "bits_per_byte" not in row
+  assert {json.loads(row)["split"] for row in rows} == {"train", "validation"}
 
 
 def test_begins_with_the_encoder(folder):
