@@ -14,6 +14,7 @@ The functions run inside `jaxmix.sharding.shard_kernel`, with rows cut along "le
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,13 @@ class Documents(NamedTuple):
     """[B] bool, whether the first document may have begun in the part before."""
     return (before.last == 0) | (self.first == 0) | (before.last == self.first)
 
+  def behind(self, before: Documents) -> tuple[Documents, jax.Array]:
+    """Those of both parts, and [B] bool, whether what comes before this part is seen behind it."""
+    passes = (self.unbroken == 1) & self.goes_on_from(before)
+    first = jnp.where(before.first != 0, before.first, self.first)
+    last = jnp.where(self.last != 0, self.last, before.last)
+    return Documents(first, last, before.unbroken * passes), passes
+
 
 class Part(NamedTuple):
   """What a part of a row does to the state before it.
@@ -85,22 +93,16 @@ def state_before(
   reach = count if reach is None or part.documents is not None else reach
 
   def join(earlier: Part, later: Part) -> Part:
-    documents, passes = None, None
+    documents = passes = None
     if later.documents is not None:
-      of_earlier, of_later = earlier.documents, later.documents
-      passes = (of_later.unbroken == 1) & of_later.goes_on_from(of_earlier)
-      documents = Documents(
-        jnp.where(of_earlier.first != 0, of_earlier.first, of_later.first),
-        jnp.where(of_later.last != 0, of_later.last, of_earlier.last),
-        of_earlier.unbroken * passes,
-      )
+      documents, passes = later.documents.behind(earlier.documents)
     kept = _where(passes, apply(later.keep, earlier.added))
     return Part(_add(kept, later.added), compose(later.keep, earlier.keep), documents)
 
   whole, distance = part, 1
   while distance < min(reach, count):
     joined = join(_received(whole, distance), whole)
-    whole = jax.tree.map(lambda a, b: jnp.where(index >= distance, a, b), joined, whole)  # noqa: B023
+    whole = jax.tree.map(functools.partial(jnp.where, index >= distance), joined, whole)
     distance *= 2
   earlier = _received(whole, 1)
   before = earlier.added
@@ -108,7 +110,8 @@ def state_before(
     kept = apply(earlier.keep, state)
     if part.documents is not None:
       kept = _where(earlier.documents.unbroken == 1, kept)
-    before = jax.tree.map(lambda a, b: jnp.where(index == 0, a, b), state, _add(kept, before))
+    kept = _add(kept, before)
+    before = jax.tree.map(functools.partial(jnp.where, index == 0), state, kept)
   if part.documents is not None:
     before = _where(part.documents.goes_on_from(earlier.documents), before)
   return before
