@@ -39,6 +39,24 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
   return result
 
 
+def add_gin_options(to: argparse.ArgumentParser) -> None:
+  """The options of a configuration: --gin_file and --gin_param."""
+  to.add_argument(
+    "--gin_file",
+    action="append",
+    required=True,
+    metavar="FILE",
+    help="run file; repeatable, later ones win",
+  )
+  to.add_argument(
+    "--gin_param",
+    action="append",
+    default=[],
+    metavar="'NAME = VALUE'",
+    help="one more line of the run file, which wins over the files; repeatable",
+  )
+
+
 def add_run_options(to: argparse.ArgumentParser) -> None:
   """The options that say which trained model to use: --workdir, --step, --gin_param."""
   to.add_argument(

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import command_line
+
 if TYPE_CHECKING:
   from jaxmix.compile_ahead.targets import Target
   from jaxmix.configuration import Configuration
@@ -34,20 +36,7 @@ MANUAL = """before anything is reserved:
 
 def add_run_options(to: argparse.ArgumentParser, *, target: str) -> None:
   """The options of a run to launch; `target` says in the manual which machines there are."""
-  to.add_argument(
-    "--gin_file",
-    action="append",
-    required=True,
-    metavar="FILE",
-    help="run file, as for train.py; repeatable, later ones win",
-  )
-  to.add_argument(
-    "--gin_param",
-    action="append",
-    default=[],
-    metavar="'NAME = VALUE'",
-    help="one more line of the run file, which wins over the files; repeatable",
-  )
+  command_line.add_gin_options(to)
   to.add_argument(
     "--workdir", required=True, metavar="DIR", help="folder of the run, the same for all processes"
   )

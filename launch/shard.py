@@ -23,20 +23,7 @@ example:
 def options() -> argparse.ArgumentParser:
   """The options, with the manual."""
   parser = command_line.parser(DESCRIPTION, EPILOG)
-  parser.add_argument(
-    "--gin_file",
-    action="append",
-    required=True,
-    metavar="FILE",
-    help="run file; repeatable, later ones win",
-  )
-  parser.add_argument(
-    "--gin_param",
-    action="append",
-    default=[],
-    metavar="'NAME = VALUE'",
-    help="one more line of the run file, such as 'LocalFiles.train = \"texts\"'; repeatable",
-  )
+  command_line.add_gin_options(parser)
   parser.add_argument(
     "--shards",
     type=int,
