@@ -174,8 +174,7 @@ def _attend_row(q, k, v, documents, **options):
 
   def of_part(q, k, v, documents):
     k, v = (jax.lax.all_gather(x, parts.AXIS, axis=1, tiled=True) for x in (k, v))
-    count = length // q.shape[1]
-    return run(q, k, v, documents, None if count == 1 else (jax.lax.axis_index(parts.AXIS), count))
+    return run(q, k, v, documents, (jax.lax.axis_index(parts.AXIS), length // q.shape[1]))
 
   rows = ("batch", "length", "heads", None)
   return sharding.shard_kernel(of_part, (rows, rows, rows, DOCUMENTS), rows)(q, k, v, documents)

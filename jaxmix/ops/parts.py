@@ -6,8 +6,8 @@ A part keeps some of the state that comes before it and adds to it,
 
 and two parts are one such part. So the state before every part is a scan over the devices, of
 log2(parts) rounds and one last step: a device sends one state and what its part keeps in each,
-whatever the length (Blelloch 1990). Where a state holds the last tokens and no document has to be
-told from another, it comes from the neighbours alone, in one step.
+whatever the length (Hillis & Steele 1986, "Data parallel algorithms"). Where a state holds the last
+tokens and no document has to be told from another, it comes from the neighbours alone, in one step.
 
 The functions run inside `jaxmix.sharding.shard_kernel`, with rows cut along "length".
 """

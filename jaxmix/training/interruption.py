@@ -20,9 +20,9 @@ class Interruption:
   """A context in which SIGTERM and SIGINT ask the loop to stop between two steps.
 
       with Interruption() as interruption:
-        for step in range(1, steps + 1):
+        for step in steps:
           ...
-          if interruption.reached(step):
+          if interruption.reached():
             save and leave with EXIT_CODE
 
   `requested` is None, then the name of the first signal, "SIGTERM" or "SIGINT". A SIGINT after that

@@ -40,7 +40,7 @@ def fractional(z, weight, bias, taps, **options):
   return ops.fractional_grassmann_mix(z, weight, bias, jax.nn.softmax(taps), **options)
 
 
-def whole_state(length, state=None):
+def whole_state(length):
   """A state that rows of so many tokens have left."""
   _, state = grassmann(
     np.random.default_rng(7).normal(size=(BATCH, length, DIM)), np.ones((15, 4)), np.ones(4)
