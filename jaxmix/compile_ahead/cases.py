@@ -20,7 +20,7 @@ import pallas_kernels
 from jaxmix import ops
 from jaxmix.compile_ahead.process import Task
 from jaxmix.compile_ahead.targets import Target
-from pallas_kernels.long_convolution import tpu as transform
+from pallas_kernels.long_convolution import folded
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINE = "jax_flash_attention"  # JAX's own, the implementation beside each op
@@ -90,14 +90,14 @@ class CaseProgram:
     _, arrays = self._parts(chip)
     y = self._result(chip)
     taken, returned = _bytes(arrays), _bytes(y)
-    flops = self._flops()
+    flops = self._flops(chip)
     if self.direction == "forward_backward":
       numbers = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
       taken, returned = 2 * taken + returned, returned + _bytes(numbers)
       flops *= 3
     return max((taken + returned) / chip.hbm_bandwidth, flops / chip.matmul_flops)
 
-  def _flops(self) -> int:
+  def _flops(self, chip: Target) -> int:
     """Of the definition, forward, a multiply-add counted as two."""
     shapes = self.shapes
     if self.op == "attention" or self.implementation == BASELINE:
@@ -107,7 +107,9 @@ class CaseProgram:
     if self.op == "grassmann":
       return 2 * math.prod(shapes["z"][:2]) * math.prod(shapes["weight"])
     if self.op == "long_convolution":
-      return transform.matmul_flops(shapes["u"], self.dtype)
+      # Of a GPU, the decomposition that a TPU with the memory of most has.
+      vmem = chip.core.vmem_bytes if chip.platform == "tpu" else 2**27
+      return folded.matmul_flops(shapes["u"], self.dtype, vmem)
     if self.op not in ("linear_attention", "delta_rule"):
       return 0
     batch, length, states, value_dim = shapes["v"]

@@ -16,7 +16,7 @@ from jaxmix import sharding
 from jaxmix.ops import circular
 from jaxmix.ops import implementation as implementations
 from jaxmix.ops.segments import document_indices, over_padding
-from pallas_kernels.long_convolution import blocks, gpu, reference
+from pallas_kernels.long_convolution import folded, gpu, reference
 
 # Logical axes: rows [B, T, D], filters [D, N], skip [D], documents [B, T]; and of the gradients of
 # filters and skip.
@@ -39,7 +39,7 @@ def gated_convolution(
     ValueError: `implementation` is unknown or cannot run this call.
   """
   refusals = {
-    "tpu": blocks.refusal(u, pre_gate, post_gate),
+    "tpu": folded.refusal(u, pre_gate, post_gate),
     "gpu": gpu.refusal(u, pre_gate, post_gate),
   }
   if before is not None:
@@ -122,21 +122,23 @@ def _by_xla(g, kernel, reverse_kernel, before, segment_ids):
 
 
 def _by_tpu(u, kernel, reverse_kernel, skip, pre_gate, post_gate, *around):
-  sizes = blocks.Blocks.of(u, pre_gate, post_gate, later=reverse_kernel is not None)
+  gates = (pre_gate is not None) + (post_gate is not None)
+  sizes = folded.Sizes.of(u.shape[1], u.dtype, gates)
   rows = (u, kernel, reverse_kernel, skip, pre_gate, post_gate)
-  return _by_kernels(blocks, sizes, *rows, *around)
+  return _by_kernels(folded, sizes, *rows, *around)
 
 
 def _by_gpu(u, *arrays):
-  return _by_kernels(gpu, gpu.Sizes.of(u.shape[1]), u, *arrays)
+  sizes = gpu.Sizes.of(u.shape[1])
+  return _by_kernels(gpu, (sizes, sizes), u, *arrays)
 
 
 def _by_kernels(
   kernels, sizes, u, kernel, reverse_kernel, skip, pre_gate, post_gate, before, segment_ids
 ):
-  """`kernels`: the module of a chip's.   `sizes`: how it cuts rows, which all of it is given."""
+  """`kernels`: the module of a chip's.   `sizes`: how it cuts rows, forward and backward."""
   assert before is None  # is refused
-  c = circular.filters(kernel, reverse_kernel, u.shape[1], sizes.points)
+  c = circular.filters(kernel, reverse_kernel, u.shape[1], sizes[1].points)
   skip = jnp.zeros(u.shape[2], c.dtype) if skip is None else skip.astype(c.dtype)
 
   def form(segment_ids, u, pre_gate, post_gate):
@@ -171,20 +173,20 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _forward(kernels, sizes, u, c, skip, pre_gate, post_gate, documents):
-  spectra = kernels.spectra(c, sizes)
+  spectra = kernels.spectra(c, sizes[0])
 
   def form(u):
-    return kernels.forward(u, spectra, skip, pre_gate, post_gate, sizes)
+    return kernels.forward(u, spectra, skip, pre_gate, post_gate, sizes[0])
 
   return circular.each_document(documents, form, u)
 
 
 def _backward(kernels, sizes, u, c, skip, pre_gate, post_gate, documents, dy):
   """Gradients, those of filters and skip behind an axis of one, for each device's rows."""
-  spectra, pull = jax.vjp(lambda c: kernels.spectra(c, sizes), c)
+  spectra, pull = jax.vjp(lambda c: kernels.spectra(c, sizes[1]), c)
 
   def form(u, dy):
-    du, dspectra, *gates = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, sizes)
+    du, dspectra, *gates = kernels.backward(u, spectra, skip, pre_gate, post_gate, dy, sizes[1])
     return du, [x[None] for x in dspectra], *gates  # rows alone have three axes
 
   du, dspectra, dpre, dpost = circular.each_document(documents, form, u, dy)

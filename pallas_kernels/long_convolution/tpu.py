@@ -1,10 +1,10 @@
 """Gated long convolution on TPU by Fourier transforms on the matrix units: one kernel a direction.
 
-Grid (D / 128, pairs of rows and their blocks), the last axis in order: the spectrum of 128
-channels' filters stays on the chip while all rows are walked, and so does the sum that becomes its
-gradient. Channels stand in lanes: a transform is products of constant matrices with rows of
-[tokens, 128], and no array is transposed. Two rows of a batch are one complex row: their
-convolutions are its real and imaginary part.
+Grid (D / 128, residues, pairs of rows), the last axis in order: the spectrum of 128 channels'
+filters stays on the chip while all rows are walked, and so does the sum that becomes its gradient.
+Channels stand in lanes: a transform is products of constant matrices with rows of [tokens, 128],
+and no array is transposed. Two rows of a batch are one complex row: their convolutions are its
+real and imaginary part.
 
 A row of T = rows * COLUMNS tokens is filled up with as many zeros, N = 2 T. With token n = n1
 COLUMNS + n2 and frequency k = k1 + N1 k2, N1 = 2 rows, a transform is
@@ -13,11 +13,16 @@ COLUMNS + n2 and frequency k = k1 + N1 k2, N1 = 2 rows, a transform is
     X[k1, k2] = sum_n2 w_C^(n2 k2) w_N^(k1 n2) A[k1, n2]     for each k1
 
 and back the same with conjugates. Half of the n1 are zeros and are left out both ways. Spectra stay
-in the order [k1, k2]: nothing is put in order.
+in the order [k1, k2]: nothing is put in order. Rows that `folded` has folded have no zeros, N1 =
+rows, and frequencies of one residue r modulo R: k1 + r / R stands in the place of k1 above.
+
+What a transform reads stands APART rows more than a multiple of 8 from one another: the chip loads
+eight such rows at once, where multiples of 8 take it eight times as long.
 
 Products are of bfloat16 parts of the operands: of two, high x high, high x low and low x high,
 where rows are bfloat16, which leaves 4e-6 of the values, what a causal model may see of the future;
-of three, six products, where they are float32, which leaves the rounding of float32.
+of three, six products, where they are float32, which leaves the rounding of float32. The parts
+stand behind one another: one product adds them up.
 
 Bytes, a token and channel, at b bytes a number: forward 4 b, backward 7 b; of the spectrum 8 N D.
 Flops, a token and channel: forward 3 x 8 (N1 + 2 COLUMNS) / 2 or so, backward twice that.
@@ -40,245 +45,286 @@ from pallas_kernels.long_convolution.fourier import PARTS, angles, in_parts, rea
 LANES = 128
 COLUMNS = 64  # with both parts of a complex number as deep as a matrix unit
 MULTIPLE = 8 * COLUMNS  # of tokens: n1 in whole registers
-UNROLLED = 4  # products whose latencies the schedule lays side by side
+APART = 4
+BESIDE = 8  # transforms that are one product
+UNROLLED = 2  # products whose latencies the schedule lays side by side
 
 
 class Sizes(NamedTuple):
-  """Of the transform of a row: n1 of tokens, and k1."""
+  """Of the transforms of a row.
+
+  Attributes:
+    rows: n1 of a row, or of a folded one.
+    parts: of an operand.
+    residues: R of folded rows; 1 means that they are not.
+  """
 
   rows: int
+  parts: int
+  residues: int = 1
 
   @classmethod
-  def of(cls, length: int) -> Sizes:
-    """For rows of that many tokens."""
-    return cls(-(-length // MULTIPLE) * MULTIPLE // COLUMNS)
+  def of(cls, length: int, dtype, residues: int = 1) -> Sizes:
+    """For rows of that many tokens in a dtype."""
+    tokens = -(-length // max(residues // 2, 1))
+    rows = -(-tokens // MULTIPLE) * MULTIPLE // COLUMNS
+    return cls(rows, PARTS[jnp.dtype(dtype).name], residues)
+
+  @property
+  def shifts(self) -> np.ndarray:
+    """r / R of each residue."""
+    return np.arange(self.residues) / self.residues
 
   @property
   def tokens(self) -> int:
-    """T, filled up."""
+    """Of a row, or of a folded one, filled up."""
     return self.rows * COLUMNS
 
   @property
   def half(self) -> int:
     """N1, the number of k1."""
-    return 2 * self.rows
+    return self.rows * (2 if self.residues == 1 else 1)
+
+  @property
+  def frequencies(self) -> int:
+    """Of one residue."""
+    return self.half * COLUMNS
 
   @property
   def points(self) -> int:
     """N."""
-    return 2 * self.tokens
+    return self.residues * self.frequencies
 
 
-def vmem_bytes(sizes: Sizes, itemsize: int, gates: int) -> int:
-  """Of the backward kernel, which holds more: windows twice, as the next are fetched while one is
-  worked on; spectrum, its gradient twice, twiddles; two rows of complex numbers and of tokens."""
-  windows = 2 * (3 + 2 * gates) * 2 * sizes.tokens * itemsize
-  spectra = (1 + 2 + 1) * 8 * sizes.points  # the gradient twice
-  return LANES * (windows + spectra + 2 * 8 * sizes.points + 2 * 8 * sizes.tokens) + 2**20
+def vmem_bytes(sizes: Sizes, itemsize: int, gates: int, *, backward: bool) -> int:
+  """What a kernel holds: windows twice, as the next are fetched while one is worked on; spectrum,
+  its gradient and twiddles; a row of complex numbers and of tokens each way."""
+  arrays = (3 + 2 * gates if backward else 2 + gates) if sizes.residues == 1 else 2 + 2 * backward
+  windows = 2 * arrays * 2 * sizes.tokens * itemsize
+  spectra = (min(sizes.residues, 2) + 2 * backward + 1) * 8 * sizes.frequencies
+  scratch = 8 * (sizes.frequencies + APART * COLUMNS + sizes.tokens + APART * sizes.rows)
+  return LANES * (windows + spectra + (1 + backward) * scratch) + 2**20
 
 
 def spectrum(c, sizes: Sizes):
-  """Filters c [D, N] float32 -> [k1, 2 COLUMNS, D], real parts above imaginary ones."""
-  product = functools.partial(jnp.einsum, precision="highest")
-  first, second = (jnp.asarray(_roots(n, n, n)) for n in (sizes.half, COLUMNS))
-  x = product("dij,ki->dkj", c.reshape(-1, sizes.half, COLUMNS), first)
-  x = product("dkj,lj->kld", x * _roots(sizes.half, COLUMNS, sizes.points), second)
-  return jnp.concatenate([x.real, x.imag], 1)
+  """Filters c [D, N] float32 -> [R, k1, 2 COLUMNS, D], real parts above imaginary ones."""
+  product = functools.partial(jnp.einsum, precision={2: "high", 3: "highest"}[sizes.parts])
+  residues, half = sizes.residues, sizes.half
+  n1, n2, k1, k2 = map(np.arange, (half, COLUMNS, half, COLUMNS))
+
+  def matrices(i, j, points: int):
+    """For each residue [part, i, part, j]."""
+    of = (real_matrix(i(shift), j, points) for shift in sizes.shifts)
+    return np.stack(list(of)).reshape(residues, 2, -1, 2, len(j)).astype(np.float32)
+
+  x = c.T.reshape(1, residues, half, COLUMNS, -1)  # an axis of parts, which is real alone
+  if residues > 1:
+    fold = matrices(lambda shift: shift * residues, np.arange(residues), residues)[:, :, 0, :1]
+    x = product("rqpf,pfijd->rqijd", fold, x)
+  first = matrices(lambda shift: k1 + shift, n1, half)[:, :, :, : x.shape[1]]
+  x = product("rqkpi,rpijd->rqkjd", first, x)
+  turns = angles(k1, n2, sizes.frequencies).astype(np.float32)[..., None]
+  cosine, sine = np.cos(turns), np.sin(turns)
+  x = jnp.stack([x[:, 0] * cosine + x[:, 1] * sine, x[:, 1] * cosine - x[:, 0] * sine], 1)
+  x = product("rqlpj,rpkjd->rkqld", matrices(lambda shift: k2 + shift / half, n2, COLUMNS), x)
+  return x.reshape(residues, half, 2 * COLUMNS, -1)
 
 
-class Span(NamedTuple):
-  """Blocks of rows, each as long as the transform: `count` from `source` on give to as many from
-  `target` on, one to one."""
-
-  source: int
-  target: int
-  count: int
-
-
-def forward(u, spectrum, skip, pre_gate, post_gate, span: Span, *, interpret=False):
-  """y = post_gate * (c * g + skip * g), g = pre_gate * u, c * g the convolution of a block.
+def forward(u, spectrum, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=False):
+  """y = post_gate * (c * g + skip * g), g = pre_gate * u, c * g the convolution of a row.
 
   Args:
-    u: [B, T, D].   spectrum: of the filters, see there.   skip: [D] float32.
-    pre_gate, post_gate: [B, T, D] in the dtype of u, or None.
-    span: the blocks; u and pre_gate are read at the sources, post_gate at the targets.
+    u: [B, T, D]; folded, [B, R tokens, D] with one residue behind another.
+    spectrum: of the filters, see there.   skip: [D] float32.
+    pre_gate, post_gate: as u, in its dtype, or None.
     interpret: run the kernel's program on the CPU.
   Returns:
-    [B, tokens, D] in the dtype of u, those of the targets, the last block filled up.
+    [B, R tokens, D] in the dtype of u, rows filled up.
   """
-  at = _Windows(u, pre_gate, post_gate, spectrum, span)
+  at = _Windows(u, pre_gate, post_gate, sizes)
   (y,) = at.call(
-    functools.partial(_forward_kernel, at.sizes, *at.gated),
+    functools.partial(_forward_kernel, sizes, *at.gated),
     "forward",
-    ((u, pre_gate), (post_gate,)),
+    (u, pre_gate, post_gate),
     (skip, spectrum),
     outputs=1,
+    in_place={0: 0},
     interpret=interpret,
   )
   return y
 
 
-def backward(u, spectrum, skip, pre_gate, post_gate, dy, span: Span, *, interpret=False):
+def backward(
+  u, spectrum, skip, pre_gate, post_gate, dy, sizes: Sizes,
+  *, output: bool = False, interpret=False,
+):  # fmt: skip
   """Gradients of `forward`, but for skip: one more weight of lag 0, whose gradient it has.
 
   Args:
-    dy: [B, T, D], the cotangent of y, read at the targets.   The rest: as given to `forward`.
+    dy: the cotangent of y, in the shape and dtype of u.   output: whether y is wanted, which no
+      post_gate may then stand behind.   The rest: as given to `forward`.
   Returns:
-    du, dspectrum [k1, 2 COLUMNS, D], and those of the gates, None for None. Rows are
-    [B, tokens, D] in the dtype of u, of the sources and, dpost, of the targets; dspectrum is
-    float32, summed over the rows.
+    du, dspectrum [R, k1, 2 COLUMNS, D], those of the gates, None for None, and y or None. Rows are
+    [B, R tokens, D] in the dtype of u; dspectrum is float32, summed over the rows.
   """
-  at = _Windows(u, pre_gate, post_gate, spectrum, span)
+  at = _Windows(u, pre_gate, post_gate, sizes)
+  has_pre, has_post = at.gated
   du, *others = at.call(
-    functools.partial(_backward_kernel, at.sizes, *at.gated),
+    functools.partial(_backward_kernel, sizes, *at.gated, output),
     "backward",
-    ((u, pre_gate), (post_gate, dy)),
+    (u, pre_gate, post_gate, dy),
     (skip, spectrum),
-    outputs=1 + sum(at.gated),
+    outputs=1 + has_pre + (has_post or output),
+    in_place={0: 1, 1: 0} if output else {1: 0},
     sums=True,
     interpret=interpret,
   )
   *gates, dspectrum = others
-  dpre = gates.pop(0) if at.gated[0] else None
-  dpost = gates.pop(0) if at.gated[1] else None
-  return du, dspectrum / at.sizes.points, dpre, dpost
+  dpre = gates.pop(0) if has_pre else None
+  dpost = gates.pop(0) if has_post else None
+  return du, dspectrum / sizes.points, dpre, dpost, gates.pop() if output else None
 
 
 class _Windows:
   """How arrays are laid out for the kernels."""
 
-  def __init__(self, u, pre_gate, post_gate, spectrum, span: Span):
+  def __init__(self, u, pre_gate, post_gate, sizes: Sizes):
     self.batch, self.length, self.channels = u.shape
-    self.dtype, self.sizes, self.span = u.dtype, Sizes(spectrum.shape[0] // 2), span
+    self.dtype, self.sizes = u.dtype, sizes
     self.gated = (pre_gate is not None, post_gate is not None)
-    self.vmem = vmem_bytes(self.sizes, u.dtype.itemsize, sum(self.gated))
 
-  def _row(self, start: int) -> pl.BlockSpec:
-    """A block of a pair of rows, from the block `start` on."""
-    count = np.int32(self.span.count)
-
-    def at(j, step):
-      # Not // and %, which ask for signs.
-      return jax.lax.div(step, count), start + jax.lax.rem(step, count), j
-
-    return pl.BlockSpec((2, self.sizes.tokens, LANES), at)
-
-  def call(self, kernel, name: str, rows, filters, *, outputs: int, sums=False, interpret):
-    """The kernel on all blocks and pairs of rows, with `outputs` arrays of rows and, where it has
-    them, the sums.
+  def call(
+    self, kernel, name: str, rows, filters, *, outputs: int, in_place, sums=False, interpret
+  ):
+    """The kernel on all pairs of rows, with `outputs` arrays of rows and, where it has them, the
+    sums.
 
     Args:
-      rows: arrays read at the sources, and those at the targets, some of them None.
+      rows: arrays, some of them None.   in_place: of folded rows, the places of rows whose memory
+        results take, each with that of the result.
     """
-    starts = (self.span.source, self.span.target)
-    row_specs = [
-      self._row(start)
-      for arrays, start in zip(rows, starts, strict=True)
-      for x in arrays
-      if x is not None
-    ]
-    # Whole pairs of rows of whole blocks.
-    fill = (0, self.batch % 2), (0, -self.length % self.sizes.tokens), (0, 0)
-    rows = [jnp.pad(x, fill) for arrays in rows for x in arrays if x is not None]
+    sizes = self.sizes
+    # Whole pairs of whole rows.
+    length = sizes.residues * sizes.tokens
+    fill = (0, self.batch % 2), (0, length - self.length), (0, 0)
+    rows = [jnp.pad(x, fill) for x in rows if x is not None]
     pairs = rows[0].shape[0] // 2
     skip, spectrum = filters
-    sizes, tables = self.sizes, _tables(self.sizes, PARTS[str(self.dtype)])
-    of_channels = pl.BlockSpec((1, LANES), lambda j, b: (0, j))
-    spectrum_spec = pl.BlockSpec(
-      (sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j), pipeline_mode=pl.Buffered(1)
-    )
+    tables, twiddles = _tables(sizes)
+    twiddles = jnp.broadcast_to(twiddles, (*twiddles.shape[:2], LANES))
+    ahead = pl.Buffered(min(sizes.residues, 2))
+    row = pl.BlockSpec((2, sizes.tokens, LANES), lambda j, r, pair: (pair, r, j))
+    of_spectrum = (None, sizes.half, 2 * COLUMNS, LANES), lambda j, r, pair: (r, 0, 0, j)
 
-    def whole(x):
-      return pl.BlockSpec(x.shape, lambda j, b: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
+    def table(x):
+      return pl.BlockSpec((None, *x.shape[1:]), lambda j, r, pair: (r, 0, 0), pipeline_mode=ahead)
 
-    shape = (2 * pairs, self.span.count * sizes.tokens, self.channels)
-    out_shape = [jax.ShapeDtypeStruct(shape, self.dtype)] * outputs
-    out_specs = [self._row(0)] * outputs
+    out_shape = [jax.ShapeDtypeStruct((2 * pairs, length, self.channels), self.dtype)] * outputs
+    out_specs = [row] * outputs
     if sums:
       out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
-      out_specs.append(pl.BlockSpec((sizes.half, 2 * COLUMNS, LANES), lambda j, b: (0, 0, j)))
-    complex_rows = pltpu.VMEM((2 * sizes.points, LANES), jnp.float32)
-    tokens = pltpu.VMEM((2 * sizes.tokens, LANES), jnp.float32)
+      out_specs.append(pl.BlockSpec(*of_spectrum))
+    tokens = pltpu.VMEM((2 * sizes.rows * (COLUMNS + APART), LANES), jnp.float32)
+    complex_rows = pltpu.VMEM((COLUMNS * (2 * sizes.half + APART), LANES), jnp.float32)
+    vmem = vmem_bytes(sizes, self.dtype.itemsize, sum(self.gated), backward=sums)
     results = pl.pallas_call(
       kernel,
-      grid=(pl.cdiv(self.channels, LANES), pairs * self.span.count),
-      in_specs=[row_specs, of_channels, spectrum_spec, [whole(x) for x in tables]],
+      grid=(pl.cdiv(self.channels, LANES), sizes.residues, pairs),
+      in_specs=[
+        [row] * len(rows),
+        pl.BlockSpec((1, LANES), lambda j, r, pair: (0, j)),
+        pl.BlockSpec(*of_spectrum, pipeline_mode=ahead),
+        [table(x) for x in tables],
+        pl.BlockSpec(twiddles.shape, lambda j, r, pair: (0, 0, 0), pipeline_mode=pl.Buffered(1)),
+      ],
       out_specs=out_specs,
       out_shape=out_shape,
       scratch_shapes=[[tokens] * (1 + sums), [complex_rows] * (1 + sums)],
       compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=max(self.vmem * 9 // 8, 2**24),
+        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+        vmem_limit_bytes=max(vmem * 9 // 8, 2**24),
       ),
+      # Folded rows are read nowhere else: results stand in their place.
+      input_output_aliases={} if sizes.residues == 1 else in_place,
       cost_estimate=self._cost(len(rows) + outputs, 2 if sums else 1),
       name=f"long_convolution_{name}",
       interpret=interpret,
-    )(rows, skip[None], spectrum, list(tables))
+    )(rows, skip[None], spectrum, tables, twiddles)
     return [*(x[: self.batch] for x in results[:outputs]), *results[outputs:]]
 
   def _cost(self, arrays: int, times: int) -> pl.CostEstimate:
-    shape = (self.span.count * self.batch, self.sizes.tokens, self.channels)
+    numbers = self.batch * self.sizes.residues * self.sizes.tokens * self.channels
     return pl.CostEstimate(
-      flops=matmul_flops(shape, self.dtype) * times,
+      flops=matmul_flops(self.sizes, self.batch, self.channels) * times,
       transcendentals=0,
-      bytes_accessed=arrays * math.prod(shape) * self.dtype.itemsize
+      bytes_accessed=arrays * numbers * self.dtype.itemsize
       + 8 * self.sizes.points * self.channels * times,
     )
 
 
-def matmul_flops(shape: tuple[int, int, int], dtype) -> int:
-  """Of the products of a forward pass over rows [B, T, D], multiply-adds counted as two. A pass
-  backward takes twice as many."""
-  batch, length, channels = shape
-  sizes, parts = Sizes.of(length), PARTS[str(dtype)]
+def matmul_flops(sizes: Sizes, batch: int, channels: int) -> int:
+  """Of the products of a forward pass, multiply-adds counted as two. A pass backward takes twice as
+  many."""
   first = COLUMNS * (2 * sizes.half) * (2 * sizes.rows)
   second = sizes.half * (2 * COLUMNS) ** 2
-  return parts * (parts + 1) * 2 * (first + second) * -(-batch // 2) * channels
+  transforms = sizes.residues * -(-batch // 2) * channels
+  return 2 * len(_pairs(sizes.parts)) * 2 * (first + second) * transforms
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(sizes: Sizes, parts: int) -> tuple[np.ndarray, ...]:
-  """Constant operands: of the four products, [parts, ...] bfloat16, and twiddles [n2, 2 N1, 128]
-  with cosines above sines."""
-  rows, half, points = sizes.rows, sizes.half, sizes.points
-  first = real_matrix(np.arange(half), np.arange(rows), half)
-  second = real_matrix(np.arange(COLUMNS), np.arange(COLUMNS), COLUMNS)
-  second_back = real_matrix(np.arange(COLUMNS), -np.arange(COLUMNS), COLUMNS) / points
-  first_back = real_matrix(np.arange(rows), -np.arange(half), half)
-  turns = angles(np.arange(COLUMNS), np.arange(half), points)
+def _tables(sizes: Sizes) -> tuple[list[np.ndarray], np.ndarray]:
+  """Constant operands: of the four products, [R, M, pairs of parts x K] bfloat16, and twiddles [n2,
+  2 N1, 1] with cosines above sines."""
+  rows, half, points = sizes.rows, sizes.half, sizes.frequencies
+  n1, n2, k1, k2 = map(np.arange, (rows, COLUMNS, half, COLUMNS))
+
+  def beside(matrix) -> np.ndarray:
+    split = in_parts(matrix, sizes.parts)
+    return np.concatenate([split[i] for i, _ in _pairs(sizes.parts)], 1)
+
+  residues = []
+  for shift in sizes.shifts:
+    # w_C^(n2 k2) w_points^(shift n2): a twiddle of the shift alone.
+    second = k2 + shift / half
+    residues.append(
+      [
+        beside(real_matrix(k1 + shift, n1, half)),
+        beside(real_matrix(second, n2, COLUMNS)),
+        beside(real_matrix(n2, -second, COLUMNS) / sizes.points),
+        beside(real_matrix(n1, -(k1 + shift), half)),
+      ]
+    )
+  turns = angles(n2, k1, points)
   twiddles = np.concatenate([np.cos(turns), np.sin(turns)], 1).astype(np.float32)
-  twiddles = np.repeat(twiddles[..., None], LANES, -1)
-  matrices = (first, second, second_back, first_back)
-  return *(in_parts(matrix, parts) for matrix in matrices), twiddles
+  return [np.stack(table) for table in zip(*residues, strict=True)], twiddles[..., None]
 
 
-def _roots(rows: int, columns: int, points: int) -> np.ndarray:
-  """exp(-2 pi i j k / points), [rows, columns]."""
-  turns = angles(np.arange(rows), np.arange(columns), points)
-  return np.exp(-1j * turns).astype(np.complex64)
+def _pairs(parts: int) -> list[tuple[int, int]]:
+  """The parts of two operands whose products matter, the smallest products first."""
+  return [(i, total - i) for total in reversed(range(parts)) for i in range(total + 1)]
 
 
-def _product(matrix_ref, x):
-  """A constant matrix in parts times x [K, 128] float32: the products of parts that matter, those
-  with one part of the matrix at once."""
-  parts, split = matrix_ref.shape[0], []
+def _product(matrix_ref, columns):
+  """A constant matrix, its parts beside one another, times each of `columns` [K, 128] float32."""
+  x = jnp.concatenate(columns, 1)
+  pairs = matrix_ref.shape[1] // x.shape[0]
+  parts, split = math.isqrt(2 * pairs), []
   for _ in range(parts):
     split.append(x.astype(jnp.bfloat16))
     x = x - split[-1].astype(jnp.float32)
-  total = []
-  for i in reversed(range(parts)):
-    beside = jnp.concatenate(split[: parts - i], 1)
-    product = jnp.dot(matrix_ref[i], beside, preferred_element_type=jnp.float32)
-    total += [product[:, j * LANES : (j + 1) * LANES] for j in reversed(range(parts - i))]
-  return functools.reduce(jnp.add, total)
+  x = jnp.concatenate([split[j] for _, j in _pairs(parts)], 0)
+  product = jnp.dot(matrix_ref[...], x, preferred_element_type=jnp.float32)
+  return [product[:, j * LANES : (j + 1) * LANES] for j in range(len(columns))]
 
 
 def _loop(count: int, body):
+  """`body` on all numbers below `count`, on BESIDE of them at once."""
+
   def step(index, carry):
-    body(index)
+    body([index * BESIDE + i for i in range(BESIDE)])
     return carry
 
-  jax.lax.fori_loop(0, count, step, 0, unroll=UNROLLED)
+  jax.lax.fori_loop(0, count // BESIDE, step, 0, unroll=UNROLLED)
 
 
 def _halves(x):
@@ -298,126 +344,144 @@ def _times(x, y, conjugate: bool = False):
 
 
 class _Transform:
-  """The steps of a transform; complex numbers of [n2, k1] stand in `ref` as [n2, 2 N1, 128]."""
+  """The steps of a transform; complex numbers of [n2, k1] stand in `ref` n2 by n2, [2 N1, 128]."""
 
-  def __init__(self, sizes: Sizes, table_refs):
-    self.sizes = sizes
-    self.first, self.second, self.second_back, self.first_back, self.twiddles = table_refs
+  def __init__(self, sizes: Sizes, table_refs, twiddle_ref):
+    self.sizes, self.twiddles = sizes, twiddle_ref
+    self.first, self.second, self.second_back, self.first_back = table_refs
 
   def begin(self, tokens_ref, ref):
     """Both rows of tokens -> A with its twiddles."""
 
-    def at(n2):
-      x = _joined(*(tokens_ref[self._tokens(row, n2)] for row in range(2)))
-      x = _product(self.first, x)
-      ref[self._frequencies(n2)] = _times(self.twiddles[n2], x, conjugate=True)
+    def at(n2s):
+      columns = [_joined(*(tokens_ref[self._tokens(row, n2)] for row in range(2))) for n2 in n2s]
+      for n2, x in zip(n2s, _product(self.first, columns), strict=True):
+        ref[self._frequencies(n2)] = _times(self.twiddles[n2], x, conjugate=True)
 
     _loop(COLUMNS, at)
 
   def end(self, ref, tokens_ref):
     """What `begin` makes -> both rows of tokens."""
 
-    def at(n2):
-      x = _times(self.twiddles[n2], ref[self._frequencies(n2)])
-      for row, tokens in enumerate(_halves(_product(self.first_back, x))):
-        tokens_ref[self._tokens(row, n2)] = tokens
+    def at(n2s):
+      columns = [_times(self.twiddles[n2], ref[self._frequencies(n2)]) for n2 in n2s]
+      for n2, x in zip(n2s, _product(self.first_back, columns), strict=True):
+        for row, tokens in enumerate(_halves(x)):
+          tokens_ref[self._tokens(row, n2)] = tokens
 
     _loop(COLUMNS, at)
 
-  def values(self, ref, k1):
-    """X of all k2."""
-    return _product(self.second, _joined(*(ref[at] for at in self._parts(k1))))
+  def values(self, ref, k1s):
+    """X of all k2, for each k1."""
+    return _product(self.second, [_joined(*(ref[at] for at in self._parts(k1))) for k1 in k1s])
 
-  def put(self, ref, k1, x):
-    """X of all k2 -> what `end` takes."""
-    for at, part in zip(self._parts(k1), _halves(_product(self.second_back, x)), strict=True):
-      ref[at] = part
+  def put(self, ref, k1s, xs):
+    """X of all k2, for each k1 -> what `end` takes."""
+    for k1, x in zip(k1s, _product(self.second_back, xs), strict=True):
+      for at, part in zip(self._parts(k1), _halves(x), strict=True):
+        ref[at] = part
 
   def _tokens(self, row: int, n2):
-    return pl.ds(row * self.sizes.tokens + n2, self.sizes.rows, stride=COLUMNS)
+    apart = COLUMNS + APART
+    return pl.ds(row * self.sizes.rows * apart + n2, self.sizes.rows, stride=apart)
 
   def _frequencies(self, n2):
-    return pl.ds(n2 * 2 * self.sizes.half, 2 * self.sizes.half)
+    return pl.ds(n2 * (2 * self.sizes.half + APART), 2 * self.sizes.half)
 
   def _parts(self, k1):
     half = self.sizes.half
-    return [pl.ds(part * half + k1, COLUMNS, stride=2 * half) for part in range(2)]
+    return [pl.ds(part * half + k1, COLUMNS, stride=2 * half + APART) for part in range(2)]
 
 
-def _rows(ref, row: int):
-  return ref[row].astype(jnp.float32)
+def _each_window(sizes: Sizes, body):
+  """`body` for each row and n1: the row, where its tokens stand in arrays of rows, and where they
+  stand in the scratch."""
+
+  def at(n1s):
+    for n1 in n1s:
+      for row in range(2):
+        start = (row * sizes.rows + n1) * (COLUMNS + APART)
+        body((row, pl.ds(pl.multiple_of(n1 * COLUMNS, COLUMNS), COLUMNS)), pl.ds(start, COLUMNS))
+
+  _loop(sizes.rows, at)
 
 
-def _put_tokens(sizes: Sizes, tokens_ref, *refs):
-  """The product of both rows of some arrays."""
-  for row in range(2):
-    x = _rows(refs[0], row)
-    for ref in refs[1:]:
-      x = x * _rows(ref, row)
-    tokens_ref[pl.ds(row * sizes.tokens, sizes.tokens)] = x
+def _values(refs, at):
+  """The product of some arrays there."""
+  return functools.reduce(jnp.multiply, (ref[at].astype(jnp.float32) for ref in refs))
 
 
 def _forward_kernel(
   sizes: Sizes, has_pre: bool, has_post: bool,
-  row_refs, skip_ref, spectrum_ref, table_refs, y_ref, tokens_refs, complex_refs,
+  row_refs, skip_ref, spectrum_ref, table_refs, twiddle_ref, y_ref, tokens_refs, complex_refs,
 ):  # fmt: skip
-  transform, (tokens_ref,), (ref,) = _Transform(sizes, table_refs), tokens_refs, complex_refs
+  transform = _Transform(sizes, table_refs, twiddle_ref)
+  (tokens_ref,), (ref,) = tokens_refs, complex_refs
   factors = row_refs[: 1 + has_pre]
-  _put_tokens(sizes, tokens_ref, *factors)
+
+  def enter(at, tokens):
+    tokens_ref[tokens] = _values(factors, at)
+
+  def filtered(k1s):
+    values = transform.values(ref, k1s)
+    values = [_times(x, spectrum_ref[k1]) for k1, x in zip(k1s, values, strict=True)]
+    transform.put(ref, k1s, values)
+
+  def leave(at, tokens):
+    y = tokens_ref[tokens] + skip_ref[...] * _values(factors, at)
+    y = y * row_refs[-1][at].astype(jnp.float32) if has_post else y
+    y_ref[at] = y.astype(y_ref.dtype)
+
+  _each_window(sizes, enter)
   transform.begin(tokens_ref, ref)
-
-  def at(k1):
-    transform.put(ref, k1, _times(transform.values(ref, k1), spectrum_ref[k1]))
-
-  _loop(sizes.half, at)
+  _loop(sizes.half, filtered)
   transform.end(ref, tokens_ref)
-  for row in range(2):
-    g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
-    y = tokens_ref[pl.ds(row * sizes.tokens, sizes.tokens)] + skip_ref[...] * g
-    y = y * _rows(row_refs[-1], row) if has_post else y
-    y_ref[row] = y.astype(y_ref.dtype)
+  _each_window(sizes, leave)
 
 
 def _backward_kernel(
-  sizes: Sizes, has_pre: bool, has_post: bool,
-  row_refs, skip_ref, spectrum_ref, table_refs, *refs,
+  sizes: Sizes, has_pre: bool, has_post: bool, has_output: bool,
+  row_refs, skip_ref, spectrum_ref, table_refs, twiddle_ref, *refs,
 ):  # fmt: skip
   """Spectra G of g and W of post_gate * dy: y is of G K, dg of conj(K) W, dK is conj(G) W."""
   *out_refs, dspectrum_ref, tokens_refs, complex_refs = refs
-  transform, dy_ref = _Transform(sizes, table_refs), row_refs[-1]
-  factors, post_refs = row_refs[: 1 + has_pre], row_refs[1 + has_pre : -1]
+  transform = _Transform(sizes, table_refs, twiddle_ref)
+  factors, cotangents = row_refs[: 1 + has_pre], row_refs[1 + has_pre :]
+  (of_g, of_dy), (du_ref, *more_refs) = complex_refs, out_refs
 
-  @pl.when(pl.program_id(1) == 0)
+  @pl.when(pl.program_id(2) == 0)
   def _():
     dspectrum_ref[...] = jnp.zeros_like(dspectrum_ref)
 
-  for tokens_ref, ref, arrays in zip(
-    tokens_refs, complex_refs, (factors, (dy_ref, *post_refs)), strict=True
-  ):
-    _put_tokens(sizes, tokens_ref, *arrays)
+  def enter(at, tokens):
+    for tokens_ref, refs in zip(tokens_refs, (factors, cotangents), strict=True):
+      tokens_ref[tokens] = _values(refs, at)
+
+  def filtered(k1s):
+    gs, dys = transform.values(of_g, k1s), transform.values(of_dy, k1s)
+    ks = [spectrum_ref[k1] for k1 in k1s]
+    for k1, g, dy in zip(k1s, gs, dys, strict=True):
+      dspectrum_ref[k1] += _times(g, dy, conjugate=True)
+    transform.put(of_g, k1s, list(map(_times, gs, ks)))
+    transform.put(
+      of_dy, k1s, [_times(k, dy, conjugate=True) for k, dy in zip(ks, dys, strict=True)]
+    )
+
+  def leave(at, tokens):
+    put = lambda ref, x: ref.__setitem__(at, x.astype(ref.dtype))  # noqa: E731
+    if has_post or has_output:
+      y = tokens_refs[0][tokens] + skip_ref[...] * _values(factors, at)
+      put(more_refs[-1], y * cotangents[-1][at].astype(jnp.float32) if has_post else y)
+    dg = tokens_refs[1][tokens] + skip_ref[...] * _values(cotangents, at)
+    if has_pre:
+      put(more_refs[0], dg * factors[0][at].astype(jnp.float32))
+      dg = dg * factors[1][at].astype(jnp.float32)
+    put(du_ref, dg)
+
+  _each_window(sizes, enter)
+  for tokens_ref, ref in zip(tokens_refs, complex_refs, strict=True):
     transform.begin(tokens_ref, ref)
-  of_g, of_dy = complex_refs
-
-  def at(k1):
-    g, dy, k = transform.values(of_g, k1), transform.values(of_dy, k1), spectrum_ref[k1]
-    dspectrum_ref[k1] += _times(g, dy, conjugate=True)
-    transform.put(of_g, k1, _times(g, k))
-    transform.put(of_dy, k1, _times(k, dy, conjugate=True))
-
-  _loop(sizes.half, at)
+  _loop(sizes.half, filtered)
   for tokens_ref, ref in zip(tokens_refs, complex_refs, strict=True):
     transform.end(ref, tokens_ref)
-  du_ref, *gate_refs = out_refs
-  for row in range(2):
-    here = pl.ds(row * sizes.tokens, sizes.tokens)
-    dy = _rows(dy_ref, row)
-    if has_post:
-      g = functools.reduce(jnp.multiply, (_rows(factor, row) for factor in factors))
-      y = tokens_refs[0][here] + skip_ref[...] * g
-      gate_refs[-1][row] = (y * dy).astype(gate_refs[-1].dtype)
-      dy = dy * _rows(post_refs[0], row)
-    dg = tokens_refs[1][here] + skip_ref[...] * dy
-    if has_pre:
-      gate_refs[0][row] = (dg * _rows(factors[0], row)).astype(gate_refs[0].dtype)
-      dg = dg * _rows(factors[1], row)
-    du_ref[row] = dg.astype(du_ref.dtype)
+  _each_window(sizes, leave)

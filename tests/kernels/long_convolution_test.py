@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxmix import compile_ahead, ops, sharding
-from pallas_kernels.long_convolution import blocks, fourier, gpu, tpu
+from pallas_kernels.long_convolution import folded, fourier, gpu, tpu
 from pallas_kernels.long_convolution.cases import LONG_PACKED, Case
 
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
     Case("full", 2, 512, 128, full=True),
     Case("one_token", 1, 1, 2, full=True),
     Case("groups", 5, 300, 130, full=True),
-    Case("blocks", 1, 1300, 6, taps=700),
+    Case("blocks", 3, 1300, 6, taps=700),
     Case("blocks_full", 2, 1030, 5, full=True),
     Case("packed", 2, 88, 3, segments=LONG_PACKED),
     Case("mesh", 4, 88, 4, segments=2 * LONG_PACKED),  # for 4 devices by 2
@@ -50,10 +50,12 @@ def by_op(arrays, dy, segment_ids, *, implementation):
 def interpreted(monkeypatch):
   """The op's kernels run their programs on the CPU, with memory for one block of every dtype, and
   on GPU for groups of few rows."""
-  monkeypatch.setattr(blocks, "SMALLEST_VMEM", 20 * 2**20)
+  monkeypatch.setattr(folded, "SMALLEST_VMEM", 24 * 2**20)
+  monkeypatch.setattr(folded, "GROUP_BYTES", 2**20)
   monkeypatch.setattr(gpu, "GROUP_BYTES", 2**20)
-  for name in ("forward", "backward"):
-    for kernels in (gpu, tpu):
+  both = ("forward", "backward")
+  for kernels, names in ((gpu, both), (tpu, both), (folded, ("fold", "unfold"))):
+    for name in names:
       monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
 
 
@@ -124,11 +126,11 @@ def test_golden_spectrum(case, golden, monkeypatch, close, rounding):
   data = np.load(golden / "monarch" / "fftconv.npz")
   rows, columns = (int(data[f"{case}/{name}"]) for name in ("N1", "N2"))
   monkeypatch.setattr(tpu, "COLUMNS", columns)
-  sizes = tpu.Sizes(rows // 2)
+  sizes = tpu.Sizes(rows // 2, 3)
   x, k, spectra, filters = (data[f"{case}/{name}"] for name in ("x", "k", "Y", "kperm"))
 
   def spectrum(c):
-    parts = np.asarray(tpu.spectrum(c.astype(np.float32), sizes), np.float64)
+    (parts,) = np.asarray(tpu.spectrum(c.astype(np.float32), sizes), np.float64)
     return np.moveaxis(parts[:, :columns] + 1j * parts[:, columns:], -1, 0)
 
   found = (spectrum(x.reshape(-1, sizes.points)) / sizes.points, spectrum(k))
@@ -141,16 +143,16 @@ def test_only_what_is_there_is_read():
   changes no value."""
   case = CASES["causal"]
   arrays, dy = inputs_of(case, np.float32)
-  sizes = tpu.Sizes.of(case.length)
+  sizes = tpu.Sizes.of(case.length, np.float32)
   c = jnp.pad(arrays["kernel"], ((0, 0), (0, sizes.points - case.length)))
   rows = [arrays[name] for name in ROWS]
 
   @functools.partial(jax.jit, static_argnames="interpret")
   def run(rows, skip, dy, interpret):
     u, *gates = rows
-    given, span = (u, tpu.spectrum(c, sizes), skip, *gates), tpu.Span(0, 0, 1)
-    y = tpu.forward(*given, span, interpret=interpret)
-    return y, tpu.backward(*given, dy, span, interpret=interpret)
+    given = (u, tpu.spectrum(c, sizes), skip, *gates)
+    y = tpu.forward(*given, sizes, interpret=interpret)
+    return y, tpu.backward(*given, dy, sizes, interpret=interpret)
 
   strict = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
   found, expected = (run(rows, arrays["skip"], dy, interpret) for interpret in (strict, True))
