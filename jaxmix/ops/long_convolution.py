@@ -70,9 +70,8 @@ def long_convolution(
     segment_ids: [B, T] int32; 0 marks padding, which nothing reads and whose output is 0. A mask
       of the tokens of a padded batch is such an array. The cost grows with the documents of a row.
     implementation: None, "reference", "xla", "tpu" (a kernel a direction, of rows without a state
-      before them; of as many tokens as fit on the chip, 4,096 in bfloat16 on v5e, and of longer
-      rows a call for each distance of their blocks) or "gpu" (the same rows, of any length; when
-      named only).
+      before them; rows longer than fit on the chip, 4,096 tokens in bfloat16 on v5e, are folded by
+      two more) or "gpu" (the same rows, of any length; when named only).
   Returns:
     y: [B, T, D] in the dtype of u;   state: None with a reverse kernel, or a dict of memory
     [B, max(L - 1, 1), D], the last inputs g of the row's last document, a ring by position;

@@ -28,8 +28,9 @@ from pallas_kernels.long_convolution import tpu
 from pallas_kernels.long_convolution.fourier import mixed_dtypes
 
 SMALLEST_VMEM = 16 * 2**20  # of the smallest chip: what a program without a mesh is made for
-LONGEST_FOLDED = 64 * tpu.COLUMNS  # tokens
-MOST_RESIDUES = 128  # all are held in registers or near them
+RESIDUES = (1, 4, 8, 16, 32, 64, 128)  # folding holds all of them in registers or near them
+# Tokens: products that are deeper than a matrix unit cost more than another fold.
+LONGEST_FOLDED = 64 * tpu.COLUMNS
 GROUP_BYTES = 2**31  # of folded rows
 WINDOW_BYTES = 2**21  # of those in a step
 TILE = 16  # tokens at a time: a register of bfloat16 numbers
@@ -60,12 +61,11 @@ def _chip_vmem() -> int:
 
 def _sizes(length: int, dtype, gates: int, vmem: int, backward: bool) -> tpu.Sizes:
   """Those of the fewest residues that fit on the chip."""
-  for power in range(int(math.log2(MOST_RESIDUES)) + 1):
-    sizes = tpu.Sizes.of(length, dtype, 2**power)
-    if _shortage(sizes, dtype, gates, vmem, backward) is None and power != 1:
-      # A product that is deeper than the matrix unit costs more than another fold.
-      if power == 0 or sizes.tokens <= LONGEST_FOLDED:
-        break
+  for residues in RESIDUES:
+    sizes = tpu.Sizes.of(length, dtype, residues)
+    shallow = residues == 1 or sizes.tokens <= LONGEST_FOLDED
+    if shallow and _shortage(sizes, dtype, gates, vmem, backward) is None:
+      break
   return sizes
 
 
@@ -188,6 +188,7 @@ def fold(factors: Sequence, start, group: int, sizes: tpu.Sizes, *, interpret=Fa
     another.
   """
   channels = factors[0].shape[-1]
+  shape = (2 * group, sizes.residues, sizes.tokens, channels)
   grid, of_rows, of_folded = _windows(channels, group, sizes)
 
   def kernel(_, factor_refs, folded_ref):
@@ -207,9 +208,7 @@ def fold(factors: Sequence, start, group: int, sizes: tpu.Sizes, *, interpret=Fa
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1, grid=grid, in_specs=[[of_rows] * len(factors)], out_specs=of_folded
     ),
-    out_shape=jax.ShapeDtypeStruct(
-      (2 * group, sizes.residues, sizes.tokens, channels), jnp.float32
-    ),
+    out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
     compiler_params=_PARALLEL,
     cost_estimate=_cost(channels, group, sizes, len(factors) * factors[0].dtype.itemsize),
     name="long_convolution_fold",

@@ -468,7 +468,9 @@ def _backward_kernel(
     )
 
   def leave(at, tokens):
-    put = lambda ref, x: ref.__setitem__(at, x.astype(ref.dtype))  # noqa: E731
+    def put(ref, x):
+      ref[at] = x.astype(ref.dtype)
+
     if has_post or has_output:
       y = tokens_refs[0][tokens] + skip_ref[...] * _values(factors, at)
       put(more_refs[-1], y * cotangents[-1][at].astype(jnp.float32) if has_post else y)
