@@ -141,12 +141,12 @@ def forward(u, spectrum, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=F
   Returns:
     [B, R tokens, D] in the dtype of u, rows filled up.
   """
-  at = _Windows(u, pre_gate, post_gate, sizes)
-  (y,) = at.call(
-    functools.partial(_forward_kernel, sizes, *at.gated),
+  (y,) = _call(
+    functools.partial(_forward_kernel, sizes, pre_gate is not None, post_gate is not None),
     "forward",
     (u, pre_gate, post_gate),
     (skip, spectrum),
+    sizes,
     outputs=1,
     in_place={0: 0},
     interpret=interpret,
@@ -167,13 +167,13 @@ def backward(
     du, dspectrum [R, k1, 2 COLUMNS, D], those of the gates, None for None, and y or None. Rows are
     [B, R tokens, D] in the dtype of u; dspectrum is float32, summed over the rows.
   """
-  at = _Windows(u, pre_gate, post_gate, sizes)
-  has_pre, has_post = at.gated
-  du, *others = at.call(
-    functools.partial(_backward_kernel, sizes, *at.gated, output),
+  has_pre, has_post = pre_gate is not None, post_gate is not None
+  du, *others = _call(
+    functools.partial(_backward_kernel, sizes, has_pre, has_post, output),
     "backward",
     (u, pre_gate, post_gate, dy),
     (skip, spectrum),
+    sizes,
     outputs=1 + has_pre + (has_post or output),
     in_place={0: 1, 1: 0} if output else {1: 0},
     sums=True,
@@ -185,81 +185,66 @@ def backward(
   return du, dspectrum / sizes.points, dpre, dpost, gates.pop() if output else None
 
 
-class _Windows:
-  """How arrays are laid out for the kernels."""
+def _call(kernel, name: str, rows, filters, sizes, *, outputs, in_place, sums=False, interpret):
+  """A kernel on all pairs of rows.
 
-  def __init__(self, u, pre_gate, post_gate, sizes: Sizes):
-    self.batch, self.length, self.channels = u.shape
-    self.dtype, self.sizes = u.dtype, sizes
-    self.gated = (pre_gate is not None, post_gate is not None)
+  Args:
+    rows: arrays of rows, some of them None.   filters: skip and spectrum.
+    outputs: how many arrays of rows it makes.   sums: whether it makes a spectrum too, the last.
+    in_place: of folded rows, which are read nowhere else, the places of those whose memory results
+      take, each with that of the result.
+  """
+  batch, given, channels = rows[0].shape
+  dtype, length = rows[0].dtype, sizes.residues * sizes.tokens
+  fill = (0, batch % 2), (0, length - given), (0, 0)
+  rows = [jnp.pad(x, fill) for x in rows if x is not None]
+  pairs = rows[0].shape[0] // 2
+  skip, spectrum = filters
+  tables, twiddles = _tables(sizes)
+  twiddles = jnp.broadcast_to(twiddles, (*twiddles.shape[:2], LANES))
+  ahead = pl.Buffered(min(sizes.residues, 2))
+  row = pl.BlockSpec((2, sizes.tokens, LANES), lambda j, r, pair: (pair, r, j))
+  of_spectrum = (None, sizes.half, 2 * COLUMNS, LANES), lambda j, r, pair: (r, 0, 0, j)
 
-  def call(
-    self, kernel, name: str, rows, filters, *, outputs: int, in_place, sums=False, interpret
-  ):
-    """The kernel on all pairs of rows, with `outputs` arrays of rows and, where it has them, the
-    sums.
+  def table(x):
+    return pl.BlockSpec((None, *x.shape[1:]), lambda j, r, pair: (r, 0, 0), pipeline_mode=ahead)
 
-    Args:
-      rows: arrays, some of them None.   in_place: of folded rows, the places of rows whose memory
-        results take, each with that of the result.
-    """
-    sizes = self.sizes
-    # Whole pairs of whole rows.
-    length = sizes.residues * sizes.tokens
-    fill = (0, self.batch % 2), (0, length - self.length), (0, 0)
-    rows = [jnp.pad(x, fill) for x in rows if x is not None]
-    pairs = rows[0].shape[0] // 2
-    skip, spectrum = filters
-    tables, twiddles = _tables(sizes)
-    twiddles = jnp.broadcast_to(twiddles, (*twiddles.shape[:2], LANES))
-    ahead = pl.Buffered(min(sizes.residues, 2))
-    row = pl.BlockSpec((2, sizes.tokens, LANES), lambda j, r, pair: (pair, r, j))
-    of_spectrum = (None, sizes.half, 2 * COLUMNS, LANES), lambda j, r, pair: (r, 0, 0, j)
-
-    def table(x):
-      return pl.BlockSpec((None, *x.shape[1:]), lambda j, r, pair: (r, 0, 0), pipeline_mode=ahead)
-
-    out_shape = [jax.ShapeDtypeStruct((2 * pairs, length, self.channels), self.dtype)] * outputs
-    out_specs = [row] * outputs
-    if sums:
-      out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
-      out_specs.append(pl.BlockSpec(*of_spectrum))
-    tokens = pltpu.VMEM((2 * sizes.rows * (COLUMNS + APART), LANES), jnp.float32)
-    complex_rows = pltpu.VMEM((COLUMNS * (2 * sizes.half + APART), LANES), jnp.float32)
-    vmem = vmem_bytes(sizes, self.dtype.itemsize, sum(self.gated), backward=sums)
-    results = pl.pallas_call(
-      kernel,
-      grid=(pl.cdiv(self.channels, LANES), sizes.residues, pairs),
-      in_specs=[
-        [row] * len(rows),
-        pl.BlockSpec((1, LANES), lambda j, r, pair: (0, j)),
-        pl.BlockSpec(*of_spectrum, pipeline_mode=ahead),
-        [table(x) for x in tables],
-        pl.BlockSpec(twiddles.shape, lambda j, r, pair: (0, 0, 0), pipeline_mode=pl.Buffered(1)),
-      ],
-      out_specs=out_specs,
-      out_shape=out_shape,
-      scratch_shapes=[[tokens] * (1 + sums), [complex_rows] * (1 + sums)],
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=max(vmem * 9 // 8, 2**24),
-      ),
-      # Folded rows are read nowhere else: results stand in their place.
-      input_output_aliases={} if sizes.residues == 1 else in_place,
-      cost_estimate=self._cost(len(rows) + outputs, 2 if sums else 1),
-      name=f"long_convolution_{name}",
-      interpret=interpret,
-    )(rows, skip[None], spectrum, tables, twiddles)
-    return [*(x[: self.batch] for x in results[:outputs]), *results[outputs:]]
-
-  def _cost(self, arrays: int, times: int) -> pl.CostEstimate:
-    numbers = self.batch * self.sizes.residues * self.sizes.tokens * self.channels
-    return pl.CostEstimate(
-      flops=matmul_flops(self.sizes, self.batch, self.channels) * times,
+  out_shape = [jax.ShapeDtypeStruct((2 * pairs, length, channels), dtype)] * outputs
+  out_specs = [row] * outputs
+  if sums:
+    out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
+    out_specs.append(pl.BlockSpec(*of_spectrum))
+  tokens = pltpu.VMEM((2 * sizes.rows * (COLUMNS + APART), LANES), jnp.float32)
+  complex_rows = pltpu.VMEM((COLUMNS * (2 * sizes.half + APART), LANES), jnp.float32)
+  vmem = vmem_bytes(sizes, dtype.itemsize, len(rows) - 1 - sums, backward=sums)
+  moved = (len(rows) + outputs) * 2 * pairs * length * channels * dtype.itemsize
+  results = pl.pallas_call(
+    kernel,
+    grid=(pl.cdiv(channels, LANES), sizes.residues, pairs),
+    in_specs=[
+      [row] * len(rows),
+      pl.BlockSpec((1, LANES), lambda j, r, pair: (0, j)),
+      pl.BlockSpec(*of_spectrum, pipeline_mode=ahead),
+      [table(x) for x in tables],
+      pl.BlockSpec(twiddles.shape, lambda j, r, pair: (0, 0, 0), pipeline_mode=pl.Buffered(1)),
+    ],
+    out_specs=out_specs,
+    out_shape=out_shape,
+    scratch_shapes=[[tokens] * (1 + sums), [complex_rows] * (1 + sums)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=max(vmem * 9 // 8, 2**24),
+    ),
+    input_output_aliases={} if sizes.residues == 1 else in_place,
+    cost_estimate=pl.CostEstimate(
+      flops=matmul_flops(sizes, batch, channels) * (1 + sums),
       transcendentals=0,
-      bytes_accessed=arrays * numbers * self.dtype.itemsize
-      + 8 * self.sizes.points * self.channels * times,
-    )
+      bytes_accessed=moved + 8 * sizes.points * channels * (1 + sums),
+    ),
+    name=f"long_convolution_{name}",
+    interpret=interpret,
+  )(rows, skip[None], spectrum, tables, twiddles)
+  return [*(x[:batch] for x in results[:outputs]), *results[outputs:]]
 
 
 def matmul_flops(sizes: Sizes, batch: int, channels: int) -> int:
