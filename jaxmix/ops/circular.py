@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmix import sharding
+from jaxmix.ops.implementation import by_platform
 
+CACHE_BYTES = 2**21  # of the rows of a block of channels, in that of a CPU
 SHORT = 64  # tokens of a row up to which the product is used
 # Logical axes: rows [B, T, D], filters [D, N], and the gradients of those.
 ROWS, FILTERS, DOCUMENTS = ("batch", None, "channels"), ("channels", None), ("batch", None)
@@ -116,10 +118,44 @@ def each_document(documents, function, *arrays):
 
 
 def _by_transform(g, c):
-  return _back(_spectrum(g, c) * _spectrum(c), g, c)
+  def form(g, c):
+    return _back(_spectrum(g, c) * _spectrum(c), g, c)
+
+  return _in_cache(form, g, c=c)
 
 
 def _by_transform_backward(g, dy, c):
+  return _in_cache(_transform_backward, g, dy, c=c)
+
+
+def _in_cache(function, *rows, c):
+  """function(*rows, c), of channels by themselves, which gives rows, and the gradient of c: on a
+  CPU of a block of channels after another, whose spectra stay in the cache from step to step."""
+  batch, channels = rows[0].shape[0], c.shape[0]
+  most = max(CACHE_BYTES // (batch * c.shape[1] * c.dtype.itemsize), 1)
+  width = max(n for n in range(1, min(most, channels) + 1) if channels % n == 0)
+  if width == channels:
+    return function(*rows, c)
+
+  def in_blocks(*arrays):
+    def of(block):
+      def cut(x, axis):
+        return jax.lax.dynamic_slice_in_dim(x, block * width, width, axis)
+
+      *rows, c = arrays
+      return function(*(cut(x, 2) for x in rows), cut(c, 0))
+
+    def joined(x):
+      if x.ndim == 3:
+        return x.reshape(c.shape)
+      return jnp.moveaxis(x, 0, 2).reshape(rows[0].shape)
+
+    return jax.tree.map(joined, jax.lax.map(of, jnp.arange(channels // width)))
+
+  return by_platform(*rows, c, cpu=in_blocks, default=function)
+
+
+def _transform_backward(g, dy, c):
   of_g, of_c, of_dy = _spectrum(g, c), _spectrum(c), _spectrum(dy, c)
   dc = jnp.fft.irfft(jnp.sum(jnp.conj(of_g) * of_dy, 0), c.shape[1])
   return _back(jnp.conj(of_c) * of_dy, g, c), dc

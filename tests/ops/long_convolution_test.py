@@ -179,6 +179,20 @@ def test_causality(length, leak):
   assert np.abs(before - after).max() <= leak * np.abs(run(changed, None, None)[0]).max()
 
 
+def test_blocks_of_channels(monkeypatch, float64, close):
+  """Values and gradients where channels go in blocks of two, as those of long rows do on a CPU."""
+  arrays, dy = (
+    inputs(length=200, channels=6, full=True),
+    inputs(length=200, channels=6, seed=1)["u"],
+  )
+  whole = everything(arrays, None, dy, "xla")
+  size = circular.filters(arrays["kernel"], arrays["reverse_kernel"], 200).shape[1]
+  monkeypatch.setattr(circular, "CACHE_BYTES", 2 * (2 * size * 8))
+  in_blocks = jax.jit(lambda *given: everything.__wrapped__(*given, "xla"))
+  assert "while" in in_blocks.lower(arrays, None, dy).as_text()
+  close(in_blocks(arrays, None, dy), whole, tolerance=1e-13)
+
+
 def test_bfloat16(errors):
   """Inputs and results in bfloat16, sums in float32: one rounding of the result."""
   arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in inputs(length=200).items()}
