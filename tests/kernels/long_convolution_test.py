@@ -53,6 +53,8 @@ def interpreted(monkeypatch):
   monkeypatch.setattr(folded, "SMALLEST_VMEM", 24 * 2**20)
   monkeypatch.setattr(folded, "GROUP_BYTES", 2**17)
   monkeypatch.setattr(gpu, "GROUP_BYTES", 2**20)
+  monkeypatch.setattr(tpu, "BESIDE", 2)  # which compiles faster
+  monkeypatch.setattr(tpu, "UNROLLED", 1)
   both = ("forward", "backward")
   for kernels, names in ((gpu, both), (tpu, both), (folded, ("fold", "unfold"))):
     for name in names:
