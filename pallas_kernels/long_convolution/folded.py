@@ -8,8 +8,8 @@ and frequencies of residue r modulo R are a transform of x_r alone, which fits. 
 through HBM, complex float32, a group of pairs of rows at a time; two kernels fold and unfold, by
 sums and differences in registers.
 
-Bytes, a token and channel, at b bytes a number: forward 16 + 2 b to fold, 32 for the convolution,
-16 + 2 b to unfold; backward 32 + 4 b, 64 and 32 + 7 b.
+Bytes, a token and channel, at b bytes a number, with both gates: forward 8 + 2 b to fold, 16 for
+the convolution, 8 + 2 b to unfold; backward 16 + 4 b, 32 and 16 + 6 b.
 """
 
 from __future__ import annotations
