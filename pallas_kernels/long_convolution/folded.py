@@ -277,14 +277,13 @@ def _scalar(start):
 
 def _windows(channels: int, group: int, sizes: tpu.Sizes):
   """The grid (pairs, D / 128, tokens), and the windows of rows and of folded rows."""
+  lanes = min(channels, tpu.LANES)
   tokens = max(min(WINDOW_BYTES // (8 * tpu.LANES * sizes.residues), tpu.MULTIPLE), TILE)
-  grid = (group, pl.cdiv(channels, tpu.LANES), sizes.tokens // tokens)
+  grid = (group, pl.cdiv(channels, lanes), sizes.tokens // tokens)
   of_rows = pl.BlockSpec(
-    (2, sizes.residues // 2, tokens, tpu.LANES), lambda i, j, n, start: (start[0] + i, 0, n, j)
+    (2, sizes.residues // 2, tokens, lanes), lambda i, j, n, start: (start[0] + i, 0, n, j)
   )
-  of_folded = pl.BlockSpec(
-    (2, sizes.residues, tokens, tpu.LANES), lambda i, j, n, start: (i, 0, n, j)
-  )
+  of_folded = pl.BlockSpec((2, sizes.residues, tokens, lanes), lambda i, j, n, start: (i, 0, n, j))
   return grid, of_rows, of_folded
 
 
