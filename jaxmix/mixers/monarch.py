@@ -11,16 +11,19 @@ of order 2, Poli et al. 2023 (arXiv 2302.10866); greater orders repeat gate and 
 - The short convolution looks back only, also where the long ones look to both sides.
 - Filters of later tokens begin with the next token; the token itself has d.
 - A row longer than the filters is refused: what they would be there is not known.
+- Filters may be sums of decaying waves instead, Massaroli et al. 2023 (arXiv 2310.18780): a stream
+  then holds one number a wave. `MonarchMixer.distilled` makes them from a trained network's.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmix import ops
-from jaxmix.layers import ImplicitFilter, LayerNorm, Linear, ShortConvolution
+from jaxmix.layers import ImplicitFilter, LayerNorm, Linear, ModalFilter, ShortConvolution
 
 VISIBILITIES = ("causal", "full")
 
@@ -38,6 +41,7 @@ class MonarchMixer(nnx.Module):
     norm: a LayerNorm of the input.
     convolution: width of the short convolution.
     features, hidden, sines, frequency, slope: of the filters, see `jaxmix.layers.ImplicitFilter`.
+    modes: waves of each filter, see `jaxmix.layers.ModalFilter`; None makes filters by a network.
     implementation: see `jaxmix.ops.long_convolution`.
   Raises:
     ValueError: an option is unknown, or a row is longer than the filters.
@@ -58,6 +62,7 @@ class MonarchMixer(nnx.Module):
     sines: int = 3,
     frequency: float = 10.0,
     slope: float = 1.0,
+    modes: int | None = None,
     implementation: str | None = None,
     rngs: nnx.Rngs,
   ):
@@ -68,6 +73,11 @@ class MonarchMixer(nnx.Module):
       )
     if order < 2:
       raise ValueError(f"MonarchMixer: order={order}, expected at least 2, one gated convolution")
+    if modes is not None and visibility != "causal":
+      raise ValueError(
+        f"MonarchMixer: modes={modes} and visibility={visibility!r}, but waves decay forward only; "
+        'use visibility="causal", or modes=None'
+      )
     streams = {"streams": order + 1, "mlp": dim}
     self.norm = LayerNorm(dim) if norm else None
     self.into = Linear({"embed": dim}, streams, bias=True, rngs=rngs)
@@ -76,6 +86,8 @@ class MonarchMixer(nnx.Module):
     )
 
     def filters(shape):
+      if modes is not None:
+        return _ModalFilters(shape, modes=modes, max_length=max_length, rngs=rngs)
       return _Filters(
         shape,
         directions=1 + (visibility == "full"),
@@ -145,13 +157,12 @@ class MonarchMixer(nnx.Module):
         'MonarchMixer: visibility="full" cannot stream, since every token sees later ones; use '
         'visibility="causal"'
       )
-    names = [f"gated_{index}" for index in range(self.order - 1)]
-    names += [] if self.residual is None else ["residual"]
+    filters = {f"gated_{index}": self.gated for index in range(self.order - 1)}
+    filters |= {} if self.residual is None else {"residual": self.residual}
     wide = jnp.promote_types(dtype, jnp.float32)
-    dim = self.out.kernel.shape[-1]
     return {
       "convolution": self.convolution.init_state(batch_size, dtype),
-      **{name: ops.convolution_state(batch_size, self.max_length, dim, wide) for name in names},
+      **{name: each.init_state(batch_size, wide) for name, each in filters.items()},
     }
 
   def flops(self, batch: int, length: int) -> int:
@@ -161,14 +172,38 @@ class MonarchMixer(nnx.Module):
     filters = [self.gated] if self.residual is None else [self.gated, self.residual]
     return batch * length * tokens + sum(each.flops(batch, length) for each in filters)
 
+  def distilled(self, modes: int) -> tuple[MonarchMixer, dict[str, ops.FilterErrors]]:
+    """This mixer with filters of so many modes, fitted to its own, of which a token of a stream
+    costs O(modes D), and the errors of "gated" filters and "residual" ones.
+
+    Raises:
+      ValueError: it sees later tokens, has modes already, or too few lags for so many.
+    """
+    if self.visibility == "full" or isinstance(self.gated, _ModalFilters):
+      why = 'visibility="full"' if self.visibility == "full" else "filters that are modes already"
+      raise ValueError(
+        f"MonarchMixer: distilled was called with {why} — expected causal filters made by a "
+        "network — distil another mixer"
+      )
+    result, errors = nnx.merge(*nnx.split(self)), {}
+    for name in ("gated",) if self.residual is None else ("gated", "residual"):
+      fitted, errors[name] = _ModalFilters.fitted(getattr(self, name), modes)
+      setattr(result, name, fitted)
+    return result, errors
+
+
+def _skip(shape, rngs: nnx.Rngs) -> nnx.Param:
+  """Weights of the token itself."""
+  values = jax.random.normal(rngs.params(), tuple(shape.values()))
+  return nnx.Param(values, axes=tuple(shape), inputs=0)
+
 
 class _Filters(ImplicitFilter):
   """Filters of several long convolutions [filters, D], with the weights of the token itself."""
 
   def __init__(self, shape, *, rngs: nnx.Rngs, **options):
     super().__init__(shape, rngs=rngs, **options)
-    skip = jax.random.normal(rngs.params(), tuple(shape.values()))
-    self.skip = nnx.Param(skip, axes=tuple(shape), inputs=0)
+    self.skip = _skip(shape, rngs)
 
   def convolve(self, index: int, u, **options):
     """See `jaxmix.ops.long_convolution`."""
@@ -185,7 +220,50 @@ class _Filters(ImplicitFilter):
       **options,
     )
 
+  def init_state(self, batch: int, dtype):
+    """That of one of the convolutions."""
+    return ops.convolution_state(batch, self.max_length, self.skip.shape[-1], dtype)
+
   def flops(self, batch: int, length: int) -> int:
     """Of the filters and of the convolutions with them."""
     transforms = self.channels * (2 * batch + len(self.networks))
     return super().flops(length) + transforms * ops.transform_flops(length)
+
+
+class _ModalFilters(ModalFilter):
+  """The same of decaying waves."""
+
+  def __init__(self, shape, *, rngs: nnx.Rngs, **options):
+    super().__init__(shape, rngs=rngs, **options)
+    self.skip = _skip(shape, rngs)
+
+  @classmethod
+  def fitted(cls, filters: _Filters, modes: int) -> tuple[_ModalFilters, ops.FilterErrors]:
+    """Filters of so many modes that come near to given ones, and how near."""
+    exact = np.asarray(filters()[0], np.float64)
+    axes = filters.skip.get_metadata()["axes"][-2:]  # a model puts "layers" before them
+    shape = dict(zip(axes, filters.skip.shape, strict=True))
+    length = filters.max_length
+    result = jax.eval_shape(
+      lambda: cls(shape, modes=modes, max_length=length, rngs=nnx.Rngs(params=0))
+    )
+    result.set_modes(*ops.fit_modes(exact, modes))
+    result.skip.set_value(filters.skip[...])
+    found = ops.modal_filters(*result(), length)
+    return result, ops.FilterErrors.of(np.asarray(found, np.float64), exact)
+
+  def convolve(self, index: int, u, **options):
+    """See `jaxmix.ops.modal_convolution`."""
+    count, channels = self.skip.shape
+    modes = (x.reshape(count, channels, -1)[index] for x in self())
+    return ops.modal_convolution(u, *modes, skip=self.skip[...][index], **options)
+
+  def init_state(self, batch: int, dtype):
+    """That of one of the convolutions."""
+    return ops.modal_state(batch, self.skip.shape[-1], self.modes, dtype)
+
+  def flops(self, batch: int, length: int) -> int:
+    """Of the filters, complex, and of the convolutions with them."""
+    transforms = self.channels * (2 * batch + 1)
+    filters = 8 * self.channels * self.modes * length
+    return filters + transforms * ops.transform_flops(length)

@@ -10,6 +10,8 @@ from jaxmix.ops.higher_order import higher_order_linear_attention
 from jaxmix.ops.implementation import explain_implementation
 from jaxmix.ops.linear_attention import linear_attention
 from jaxmix.ops.long_convolution import LazyKernel, convolution_state, long_convolution
+from jaxmix.ops.modal_convolution import modal_convolution, modal_filters, modal_state
+from jaxmix.ops.modal_fit import FilterErrors, fit_modes
 from jaxmix.ops.monarch import (
   block_diagonal_multiply,
   fourier_factors,
@@ -21,6 +23,7 @@ from jaxmix.ops.segments import document_indices, document_positions, last_token
 from jaxmix.ops.short_convolution import short_convolution
 
 __all__ = [
+  "FilterErrors",
   "LazyKernel",
   "attention",
   "attention_state",
@@ -31,6 +34,7 @@ __all__ = [
   "document_indices",
   "document_positions",
   "explain_implementation",
+  "fit_modes",
   "fourier_factors",
   "fractional_grassmann_mix",
   "grassmann_mix",
@@ -39,6 +43,9 @@ __all__ = [
   "last_token",
   "linear_attention",
   "long_convolution",
+  "modal_convolution",
+  "modal_filters",
+  "modal_state",
   "monarch_base",
   "monarch_multiply",
   "monarch_to_dense",
