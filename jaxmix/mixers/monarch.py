@@ -13,6 +13,7 @@ of order 2, Poli et al. 2023 (arXiv 2302.10866); greater orders repeat gate and 
 - A row longer than the filters is refused: what they would be there is not known.
 - Filters may be sums of decaying waves instead, Massaroli et al. 2023 (arXiv 2310.18780): a stream
   then holds one number a wave. `MonarchMixer.distilled` makes them from a trained network's.
+- The basis of the convolutions may be learnt, from section 4 of the paper; no published model does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jaxmix import ops
 from jaxmix.layers import ImplicitFilter, LayerNorm, Linear, ModalFilter, ShortConvolution
 
 VISIBILITIES = ("causal", "full")
+BASES = ("powers", "monarch")
 
 
 class MonarchMixer(nnx.Module):
@@ -42,6 +44,10 @@ class MonarchMixer(nnx.Module):
     convolution: width of the short convolution.
     features, hidden, sines, frequency, slope: of the filters, see `jaxmix.layers.ImplicitFilter`.
     modes: waves of each filter, see `jaxmix.layers.ModalFilter`; None makes filters by a network.
+    basis: "powers", in which products of polynomials are convolutions; or "monarch", one for each
+      convolution that is learnt, see `jaxmix.ops.causal_monarch`: powers at first, so that training
+      starts from the convolution. A token of a stream then costs O(max_length D), and streams end
+      at max_length.
     implementation: see `jaxmix.ops.long_convolution`.
   Raises:
     ValueError: an option is unknown, or a row is longer than the filters.
@@ -63,20 +69,30 @@ class MonarchMixer(nnx.Module):
     frequency: float = 10.0,
     slope: float = 1.0,
     modes: int | None = None,
+    basis: str = "powers",
     implementation: str | None = None,
     rngs: nnx.Rngs,
   ):
-    if visibility not in VISIBILITIES:
-      raise ValueError(
-        f"MonarchMixer: visibility={visibility!r} is unknown; expected one of "
-        f"{', '.join(VISIBILITIES)}"
-      )
+    for name, value, known in (
+      ("visibility", visibility, VISIBILITIES),
+      ("basis", basis, BASES),
+    ):
+      if value not in known:
+        raise ValueError(
+          f"MonarchMixer: {name}={value!r} is unknown; expected one of {', '.join(known)}"
+        )
     if order < 2:
       raise ValueError(f"MonarchMixer: order={order}, expected at least 2, one gated convolution")
     if modes is not None and visibility != "causal":
       raise ValueError(
         f"MonarchMixer: modes={modes} and visibility={visibility!r}, but waves decay forward only; "
         'use visibility="causal", or modes=None'
+      )
+    if basis == "monarch" and (visibility != "causal" or modes is not None):
+      raise ValueError(
+        f'MonarchMixer: basis="monarch" with visibility={visibility!r} and modes={modes}, but it '
+        'is of causal convolutions with filters made by a network; use visibility="causal" and '
+        'modes=None, or basis="powers"'
       )
     streams = {"streams": order + 1, "mlp": dim}
     self.norm = LayerNorm(dim) if norm else None
@@ -88,7 +104,7 @@ class MonarchMixer(nnx.Module):
     def filters(shape):
       if modes is not None:
         return _ModalFilters(shape, modes=modes, max_length=max_length, rngs=rngs)
-      return _Filters(
+      return (_Filters if basis == "powers" else _BasisFilters)(
         shape,
         directions=1 + (visibility == "full"),
         max_length=max_length,
@@ -103,8 +119,8 @@ class MonarchMixer(nnx.Module):
     self.gated = filters({"filters": order - 1, "mlp": dim})
     self.residual = filters({"filters": 1, "embed": dim}) if residual else None
     self.out = Linear({"mlp": dim}, {"embed": dim}, bias=True, rngs=rngs)
-    self.order, self.max_length, self.visibility = order, max_length, visibility
-    self.implementation = implementation
+    self.order, self.max_length, self.implementation = order, max_length, implementation
+    self.visibility, self.basis = visibility, basis
 
   def __call__(self, x: jax.Array, *, state=None, segment_ids=None, positions=None):
     """Mixes along the length.
@@ -177,13 +193,14 @@ class MonarchMixer(nnx.Module):
     costs O(modes D), and the errors of "gated" filters and "residual" ones.
 
     Raises:
-      ValueError: it sees later tokens, has modes already, or too few lags for so many.
+      ValueError: it sees later tokens, has a learnt basis or modes already, or too few lags for so
+        many.
     """
-    if self.visibility == "full" or isinstance(self.gated, _ModalFilters):
-      why = 'visibility="full"' if self.visibility == "full" else "filters that are modes already"
+    if self.visibility == "full" or type(self.gated) is not _Filters:
       raise ValueError(
-        f"MonarchMixer: distilled was called with {why} — expected causal filters made by a "
-        "network — distil another mixer"
+        f"MonarchMixer: distilled with visibility={self.visibility!r}, basis={self.basis!r} and "
+        f"modes={getattr(self.gated, 'modes', None)} — expected causal convolutions with filters "
+        "made by a network — distil another mixer"
       )
     result, errors = nnx.merge(*nnx.split(self)), {}
     for name in ("gated",) if self.residual is None else ("gated", "residual"):
@@ -207,18 +224,18 @@ class _Filters(ImplicitFilter):
 
   def convolve(self, index: int, u, **options):
     """See `jaxmix.ops.long_convolution`."""
+    reverse = self.kernel(index, 1).first(u.shape[1]) if len(self.networks) == 2 else None
+    skip = self.skip[...][index]
+    return ops.long_convolution(u, self.kernel(index), reverse_kernel=reverse, skip=skip, **options)
+
+  def kernel(self, index: int, direction: int = 0) -> ops.LazyKernel:
+    """The filters of one convolution and direction."""
     count, channels = self.skip.shape
 
-    def first(lags: int, direction: int = 0):
+    def first(lags: int):
       return self(lags)[direction].reshape(count, channels, lags)[index]
 
-    return ops.long_convolution(
-      u,
-      ops.LazyKernel((channels, self.max_length), first),
-      reverse_kernel=first(u.shape[1], 1) if len(self.networks) == 2 else None,
-      skip=self.skip[...][index],
-      **options,
-    )
+    return ops.LazyKernel((channels, self.max_length), first)
 
   def init_state(self, batch: int, dtype):
     """That of one of the convolutions."""
@@ -228,6 +245,32 @@ class _Filters(ImplicitFilter):
     """Of the filters and of the convolutions with them."""
     transforms = self.channels * (2 * batch + len(self.networks))
     return super().flops(length) + transforms * ops.transform_flops(length)
+
+
+class _BasisFilters(_Filters):
+  """The same with a learnt basis for each convolution, one for all channels."""
+
+  def __init__(self, shape, *, max_length: int, rngs: nnx.Rngs, **options):
+    super().__init__(shape, max_length=max_length, rngs=rngs, **options)
+    count, base = next(iter(shape.values())), ops.monarch_base(max_length)
+    low = jnp.broadcast_to(jnp.eye(base), (count, base, base))
+    high = jnp.broadcast_to(jnp.eye(base // 2), (count, base, base // 2, base // 2))
+    self.low = nnx.Param(low, axes=("filters", "digit", "power"), inputs=0)
+    self.high = nnx.Param(high, axes=("filters", "digit", "high_digit", "high_power"), inputs=0)
+
+  def convolve(self, index: int, u, **options):
+    """See `jaxmix.ops.causal_monarch`."""
+    basis, skip = (self.low[...][index], self.high[...][index]), self.skip[...][index]
+    return ops.causal_monarch(u, self.kernel(index), *basis, skip=skip, **options)
+
+  def init_state(self, batch: int, dtype):
+    """That of one of the convolutions."""
+    return ops.causal_monarch_state(batch, self.low.shape[-1], self.skip.shape[-1], dtype)
+
+  def flops(self, batch: int, length: int) -> int:
+    """With those of the rows and of the filters in the basis."""
+    basis = self.channels * (batch + 1) * ops.basis_flops(length, self.low.shape[-1])
+    return super().flops(batch, length) + basis
 
 
 class _ModalFilters(ModalFilter):

@@ -1,7 +1,12 @@
 """Ops: pure functions of arrays, for any JAX code. They know nothing of Flax."""
 
 from jaxmix.ops.attention import attention, attention_state
-from jaxmix.ops.causal_monarch import causal_monarch, monarch_base
+from jaxmix.ops.causal_monarch import (
+  basis_flops,
+  causal_monarch,
+  causal_monarch_state,
+  monarch_base,
+)
 from jaxmix.ops.circular import transform_flops
 from jaxmix.ops.delta_rule import delta_rule
 from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
@@ -27,8 +32,10 @@ __all__ = [
   "LazyKernel",
   "attention",
   "attention_state",
+  "basis_flops",
   "block_diagonal_multiply",
   "causal_monarch",
+  "causal_monarch_state",
   "convolution_state",
   "delta_rule",
   "document_indices",

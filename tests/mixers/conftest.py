@@ -119,9 +119,13 @@ def monarch(
     networks = sum(5 * 8 + 8 * 8 + 8 * count * DIM for count in groups)
     if modes is not None:
       networks = 4 * modes * sum(groups) * DIM  # a complex product is four
+    basis = 0
+    if options.get("basis") == "monarch":  # 1,024 tokens are below 46^2 / 2
+      blocks = -(-length // 46)
+      basis = 2 * (batch + 1) * sum(groups) * DIM * (46 * blocks**2 + blocks * 46**2)
     size = smooth(2 * length)
     transforms = (2 * batch + directions) * sum(groups) * DIM * round(2.5 * size * math.log2(size))
-    return tokens + 2 * directions * length * networks + transforms
+    return tokens + 2 * directions * length * networks + transforms + basis
 
   return Case(
     f"monarch_{name}",
@@ -209,6 +213,7 @@ CASES = [
   monarch("causal", exceptions={"causality": _ROUNDING}),
   monarch("order_3", order=3, residual=True, norm=True, exceptions={"causality": _ROUNDING}),
   monarch("modes", modes=5, exceptions={"causality": _ROUNDING}),
+  monarch("basis", basis="monarch", exceptions={"causality": _ROUNDING}),
   monarch("full", visibility="full", residual=True,
           exceptions=dict.fromkeys(_LAWS_OF_STREAMS, _WHOLE_ROW)),
 ]  # fmt: skip

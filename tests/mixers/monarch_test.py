@@ -356,5 +356,5 @@ def test_errors():
   full = MonarchMixer(8, visibility="full", rngs=nnx.Rngs(params=0))
   with pytest.raises(ValueError, match="cannot stream"):
     full.init_state(1)
-  with pytest.raises(ValueError, match='distilled was called with visibility="full"'):
+  with pytest.raises(ValueError, match="distilled with visibility='full'"):
     full.distilled(4)
