@@ -7,7 +7,7 @@ from jaxmix.ops.causal_monarch import (
   causal_monarch_state,
   monarch_base,
 )
-from jaxmix.ops.circular import transform_flops
+from jaxmix.ops.circular import low_pass, transform_flops
 from jaxmix.ops.delta_rule import delta_rule
 from jaxmix.ops.fractional_offsets import fractional_grassmann_mix, offset_taps
 from jaxmix.ops.grassmann import grassmann_mix, grassmann_state, offsets_of_groups
@@ -50,6 +50,7 @@ __all__ = [
   "last_token",
   "linear_attention",
   "long_convolution",
+  "low_pass",
   "modal_convolution",
   "modal_filters",
   "modal_state",
