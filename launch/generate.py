@@ -34,6 +34,7 @@ EPILOG = f"""choosing tokens:
 examples:
   python launch/generate.py --workdir runs/quickstart --prompt 'def main('
   python launch/generate.py --workdir runs/quickstart --prompt 'class A' --prompt 'if ' --top_k 5
+  python launch/generate.py --workdir runs/wikitext2_monarch_small --prompt ' = ' --modes 16
   printf 'if x' | python launch/generate.py --workdir runs/quickstart --top_p 0.9 --stats | head"""
 
 

@@ -59,7 +59,7 @@ def _is_protocol(value) -> bool:
 
 
 OF_NO_SHAPE = (  # or of any
-  "dropout", "explain_implementation", "fourier_factors", "head_channels", "l2_norm",
+  "basis_flops", "dropout", "explain_implementation", "fourier_factors", "head_channels", "l2_norm",
   "monarch_base", "monarch_to_dense", "transform_flops",
 )  # fmt: skip
 
