@@ -46,8 +46,8 @@ class MonarchMixer(nnx.Module):
     modes: waves of each filter, see `jaxmix.layers.ModalFilter`; None makes filters by a network.
     basis: "powers", in which products of polynomials are convolutions; or "monarch", one for each
       convolution that is learnt, see `jaxmix.ops.causal_monarch`: powers at first, so that training
-      starts from the convolution. A token of a stream then costs O(max_length D), and streams end
-      at max_length.
+      starts from the convolution. A token of a stream then costs O(max_length D), streams end at
+      max_length, and rows of documents take the weights of all pairs of tokens.
     implementation: see `jaxmix.ops.long_convolution`.
   Raises:
     ValueError: an option is unknown, or a row is longer than the filters.
