@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import command_line
 
 if TYPE_CHECKING:
   from jaxmix.data import StreamDecoder
+  from jaxmix.ops import FilterErrors
 
 DESCRIPTION = """Continues a prompt with a trained model, and prints the text as it is made.
 
@@ -33,6 +34,7 @@ EPILOG = f"""choosing tokens:
 examples:
   python launch/generate.py --workdir runs/quickstart --prompt 'def main('
   python launch/generate.py --workdir runs/quickstart --prompt 'class A' --prompt 'if ' --top_k 5
+  python launch/generate.py --workdir runs/wikitext2_monarch_small --prompt ' = ' --modes 16
   printf 'if x' | python launch/generate.py --workdir runs/quickstart --top_p 0.9 --stats | head"""
 
 
@@ -50,6 +52,14 @@ def options() -> argparse.ArgumentParser:
   parser.add_argument("--top_k", type=int, metavar="K", help="default: all tokens")
   parser.add_argument("--top_p", type=float, metavar="P", help="default: all tokens")
   parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+  parser.add_argument(
+    "--modes",
+    type=int,
+    metavar="S",
+    help="continue with the long convolutions of Monarch mixers fitted by so many decaying waves a "
+    "channel, 16 for instance: a token then costs the same after any number of others; how far the "
+    "filters are off is told on stderr",
+  )
   parser.add_argument(
     "--stats", action="store_true", help="print tokens per second and ms per token on stderr"
   )
@@ -71,6 +81,10 @@ def generate(arguments: argparse.Namespace) -> int:
       f"{arguments.workdir} holds a classifier, trained on a {type(run.data).__name__} — expected "
       "a language model — see launch/evaluate.py for its accuracy"
     )
+  graph, params = run.graph, run.params
+  if arguments.modes is not None:
+    graph, params, errors = inference.distill_filters(graph, params, modes=arguments.modes)
+    _print_errors(errors)
   tokenizer = run.data.tokenizer
   ids = [tokenizer.encode(prompt) for prompt in prompts]
   # A model makes bytes that no character has; a terminal without U+FFFD shall show something too.
@@ -78,8 +92,8 @@ def generate(arguments: argparse.Namespace) -> int:
   with jax.set_mesh(run.mesh):
     steps = _Timed(
       inference.generate(
-        run.graph,
-        run.params,
+        graph,
+        params,
         ids,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -99,6 +113,20 @@ def generate(arguments: argparse.Namespace) -> int:
   if arguments.stats:
     print(steps.summary(), file=sys.stderr)
   return 0
+
+
+def _print_errors(errors: Mapping[int, Mapping[str, FilterErrors]]) -> None:
+  """Tells on stderr how far distilled filters are off."""
+  import numpy as np
+
+  for layer, groups in errors.items():
+    for name, each in groups.items():
+      middle, worst = np.median(each.relative), each.relative.max()
+      print(
+        f"layer {layer}, {name} filters: off by {middle:.2%} of their norm in the middle channel, "
+        f"{worst:.2%} in the worst; by {each.largest.max():.2g} at a lag",
+        file=sys.stderr,
+      )
 
 
 def _print_text(

@@ -11,6 +11,7 @@ from jaxmix.layers.implicit_filter import ImplicitFilter
 from jaxmix.layers.learned_offsets import LearnedOffsets
 from jaxmix.layers.linear import Linear
 from jaxmix.layers.mlp import MLPS, BlockDiagonalMLP, DenseMLP, GatedMLP
+from jaxmix.layers.modal_filter import ModalFilter
 from jaxmix.layers.monarch_linear import BlockDiagonalLinear, MonarchLinear
 from jaxmix.layers.norms import NORMS, LayerNorm, RMSNorm
 from jaxmix.layers.rotary import rotary
@@ -34,6 +35,7 @@ __all__ = [
   "Linear",
   "LinearHead",
   "LowRank",
+  "ModalFilter",
   "MonarchLinear",
   "RMSNorm",
   "ShortConvolution",

@@ -59,6 +59,34 @@ def smooth(size: int) -> int:
   return best
 
 
+def low_pass(
+  kernel: jax.Array, reverse_kernel: jax.Array | None = None, *, frequencies: int
+) -> tuple[jax.Array, jax.Array]:
+  """Filters of a `long_convolution` without their high frequencies.
+
+  Of a filter to both sides, written around a circle of 2 L lags, the first `frequencies` of L + 1
+  are kept. What remains of a causal filter is smooth at lag 0 and so reaches later tokens.
+
+  Args:
+    kernel: [D, L].   reverse_kernel: [D, L'], or None for zeros.
+    frequencies: at least 1; a wave of number f turns f times around the circle.
+  Returns:
+    kernel and reverse_kernel, [D, L] both, for rows of at most L tokens.
+  Raises:
+    ValueError: `frequencies` is below 1.
+  Source: the frequency-sparse convolution of Fu et al. 2023 (arXiv 2311.05908).
+  """
+  if frequencies < 1:
+    raise ValueError(
+      f"low_pass: frequencies={frequencies}, expected at least 1, which is the mean of the filter"
+    )
+  length = kernel.shape[1]
+  c = filters(kernel, reverse_kernel, length, 2 * length)
+  kept = jnp.arange(length + 1) < frequencies
+  c = jnp.fft.irfft(jnp.where(kept, jnp.fft.rfft(c), 0), 2 * length)
+  return c[:, :length], c[:, : length - 1 : -1]
+
+
 def transform_flops(length: int) -> int:
   """Floating-point operations of a real transform of a row of that length, padded for a
   convolution: half of 5 N log2 N."""

@@ -59,7 +59,7 @@ def _is_protocol(value) -> bool:
 
 
 OF_NO_SHAPE = (  # or of any
-  "dropout", "explain_implementation", "fourier_factors", "head_channels", "l2_norm",
+  "basis_flops", "dropout", "explain_implementation", "fourier_factors", "head_channels", "l2_norm",
   "monarch_base", "monarch_to_dense", "transform_flops",
 )  # fmt: skip
 
@@ -68,7 +68,9 @@ OF_NO_SHAPE = (  # or of any
 def test_docstrings_of_array_functions_give_shapes(package):
   for name, value in _public(package):
     if inspect.isfunction(value) and name not in OF_NO_SHAPE:
-      assert any(shape in value.__doc__ for shape in ("[B", "[...", "[M, N]", "batch")), name
+      assert any(shape in value.__doc__ for shape in ("[B", "[...", "[D, ", "[M, N]", "batch")), (
+        name
+      )
     if inspect.isclass(value) and issubclass(value, nnx.Module):
       doc = value.__call__.__doc__
       assert "[" in doc or "x: [B, T, D]" in doc, name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 import os
 import re
@@ -12,6 +14,8 @@ import jax
 import pytest
 
 from jaxmix import inference
+from jaxmix.mixers import MonarchMixer
+from jaxmix.models import Decoder, abstract_parameters, init_parameters
 from jaxmix.training.run import load_run
 
 
@@ -92,9 +96,37 @@ def test_stats_are_told_apart_from_the_text(generate, trained, capsys):
   assert rate == pytest.approx(2 / (milliseconds / 1e3), rel=0.1)  # both are rounded for print
 
 
+def test_long_convolutions_go_on_as_modes(generate, trained, monkeypatch, capsys):
+  """The text is that of the distilled model, and the errors of its layers stand on stderr."""
+  run = load_run(trained.workdir)
+  mixer = functools.partial(MonarchMixer, max_length=64, hidden=8, sines=2)
+  model = functools.partial(
+    Decoder, run.data.tokenizer.vocab_size, 16, 2, pattern=("monarch",), mixers={"monarch": mixer}
+  )
+  params = jax.jit(lambda: init_parameters(model, jax.random.key(0)))()
+  run = dataclasses.replace(run, graph=abstract_parameters(model)[0], params=params)
+  monkeypatch.setattr(generate.command_line, "open_run", lambda arguments: run)
+  options = ["--workdir", "monarch", "--prompt", "The", "--temperature", "0", "--modes", "4"]
+  assert generate.main([*options, "--max_new_tokens", "12"]) == 0
+  text, told = capsys.readouterr()
+  graph, params, errors = inference.distill_filters(run.graph, params, modes=4)
+  tokenizer = run.data.tokenizer
+  ids = tokenizer.encode("The")
+  steps = inference.generate(
+    graph, params, [ids], max_new_tokens=12, temperature=0, end_id=tokenizer.end_id
+  )
+  assert text == tokenizer.decode([*ids, *(token for (token,) in steps)]) + "\n"
+  worst = [f"{100 * errors[layer]['gated'].relative.max():.2f}" for layer in (0, 1)]
+  pattern = (
+    r"layer (\d), gated filters: off by [\d.]+% .*, ([\d.]+)% in the worst; by .* at a lag\n"
+  )
+  assert re.fullmatch(2 * pattern, told).groups() == ("0", worst[0], "1", worst[1])
+
+
 @pytest.mark.parametrize(
   "options, text",
   [
+    (["--prompt", "a", "--modes", "4"], "expected a Monarch mixer among them"),
     (["--prompt", "a", "--top_p", "2"], "top_p=2.0 — expected a probability"),
     (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0 — expected at least 1"),
     (["--prompt", "a\udcff"], "the prompt is not UTF-8: byte 1 is 0xff"),

@@ -106,6 +106,7 @@ def monarch(
   *,
   order: int = 2,
   residual=False,
+  modes: int | None = None,
   exceptions=None,
   **options,
 ) -> Case:
@@ -116,9 +117,15 @@ def monarch(
     tokens = batch * length * 2 * ((order + 1) * DIM * (DIM + 3) + DIM * DIM)
     groups = (order - 1, 1) if residual else (order - 1,)
     networks = sum(5 * 8 + 8 * 8 + 8 * count * DIM for count in groups)
+    if modes is not None:
+      networks = 4 * modes * sum(groups) * DIM  # a complex product is four
+    basis = 0
+    if options.get("basis") == "monarch":  # 1,024 tokens are below 46^2 / 2
+      blocks = -(-length // 46)
+      basis = 2 * (batch + 1) * sum(groups) * DIM * (46 * blocks**2 + blocks * 46**2)
     size = smooth(2 * length)
     transforms = (2 * batch + directions) * sum(groups) * DIM * round(2.5 * size * math.log2(size))
-    return tokens + 2 * directions * length * networks + transforms
+    return tokens + 2 * directions * length * networks + transforms + basis
 
   return Case(
     f"monarch_{name}",
@@ -128,6 +135,7 @@ def monarch(
       max_length=1024,
       order=order,
       residual=residual,
+      modes=modes,
       hidden=8,
       sines=2,
       frequency=1.0,
@@ -204,6 +212,8 @@ CASES = [
                         "extremes": _PARALLEL_OR_SATURATED}),
   monarch("causal", exceptions={"causality": _ROUNDING}),
   monarch("order_3", order=3, residual=True, norm=True, exceptions={"causality": _ROUNDING}),
+  monarch("modes", modes=5, exceptions={"causality": _ROUNDING}),
+  monarch("basis", basis="monarch", exceptions={"causality": _ROUNDING}),
   monarch("full", visibility="full", residual=True,
           exceptions=dict.fromkeys(_LAWS_OF_STREAMS, _WHOLE_ROW)),
 ]  # fmt: skip

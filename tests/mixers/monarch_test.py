@@ -346,6 +346,8 @@ def test_errors():
     MonarchMixer(8, visibility="both", rngs=nnx.Rngs(params=0))
   with pytest.raises(ValueError, match="order=1"):
     MonarchMixer(8, order=1, rngs=nnx.Rngs(params=0))
+  with pytest.raises(ValueError, match="modes=4 and visibility='full', but waves decay forward"):
+    MonarchMixer(8, visibility="full", modes=4, rngs=nnx.Rngs(params=0))
   with pytest.raises(ValueError, match="features=4, expected an odd number"):
     MonarchMixer(8, features=4, rngs=nnx.Rngs(params=0))
   mixer = MonarchMixer(8, max_length=16, rngs=nnx.Rngs(params=0))
@@ -354,3 +356,5 @@ def test_errors():
   full = MonarchMixer(8, visibility="full", rngs=nnx.Rngs(params=0))
   with pytest.raises(ValueError, match="cannot stream"):
     full.init_state(1)
+  with pytest.raises(ValueError, match="distilled with visibility='full'"):
+    full.distilled(4)

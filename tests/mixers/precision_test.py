@@ -25,6 +25,7 @@ def exact(subject, x) -> np.ndarray:
 STATE_DTYPES = {
   "memory": jnp.float32,
   "pending": jnp.float32,
+  "modes": jnp.complex64,
   "length": jnp.int32,
   "pending_from": jnp.int32,
 }

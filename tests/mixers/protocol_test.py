@@ -73,9 +73,9 @@ def test_flops(subject):
     count = mixer.flops(batch, length)
     assert type(count) is int and count == case.flops(batch, length) > 0
   bend = mixer.flops(1, 3000) - 2 * mixer.flops(1, 2000) + mixer.flops(1, 1000)
-  # A transform, T log T, bends by less than a tenth of its cost.
+  # A transform, T log T, and a Monarch matrix, T^1.5, bend by less than half of their cost.
   quadratic = case.name.startswith("attention") and mixer.window is None
-  assert (bend > mixer.flops(1, 1000) / 10) == quadratic
+  assert (bend > mixer.flops(1, 1000) / 2) == quadratic
 
 
 def test_positions_count_from_zero(subject, x):

@@ -71,6 +71,29 @@ def test_golden_truncated(golden, float64, close):
   close(found, y.swapaxes(1, 2), tolerance=1e-6)  # stored in float32
 
 
+def test_golden_low_pass(golden, float64, close):
+  """A filter of few frequencies, whose published program zeroes the others in the spectrum."""
+  data = np.load(golden / "monarch" / "fftconv.npz")
+  x, k, y = (data[f"freq_sparse/{name}"].astype(np.float64) for name in ("x", "k", "y"))
+  kernel, later = ops.low_pass(k, frequencies=int(data["freq_sparse/n_partial"]) // 2)
+  found, _ = ops.long_convolution(x.swapaxes(1, 2), kernel, reverse_kernel=later)
+  close(found, y.swapaxes(1, 2), tolerance=1e-6)  # stored in float32
+
+
+@pytest.mark.parametrize("frequencies", [1, 4, 9])
+@pytest.mark.parametrize("full", [False, True])
+def test_low_pass(full, frequencies, float64, close):
+  """Around a circle of 2 L lags low frequencies are those of the filter, and others are none."""
+  arrays = inputs(length=8, full=full)
+  k, later = arrays["kernel"], arrays.get("reverse_kernel", np.zeros((3, 8)))
+  around = [k, np.zeros((3, 1)), later[:, 6::-1]]  # its last lag reaches over the row's end
+  expected = np.fft.rfft(np.concatenate(around, 1))
+  expected[:, frequencies:] = 0
+  found = ops.low_pass(k, arrays.get("reverse_kernel"), frequencies=frequencies)
+  found = np.fft.rfft(np.concatenate([found[0], found[1][:, ::-1]], 1))
+  close(found, expected, tolerance=1e-12)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("case", ["circular0", "circular1", "circular2", "order3"])
 def test_golden_circular(case, implementation, golden, float64, close):
@@ -234,3 +257,5 @@ def test_errors():
     ops.long_convolution(u.astype(jnp.float16), kernel, implementation="gpu")
   with pytest.raises(ValueError, match="segment_ids"):
     ops.long_convolution(u, kernel, segment_ids=jnp.ones((2, 7), jnp.int32))
+  with pytest.raises(ValueError, match="frequencies=0, expected at least 1"):
+    ops.low_pass(kernel, frequencies=0)
