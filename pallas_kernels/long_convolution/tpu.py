@@ -108,7 +108,8 @@ def vmem_bytes(sizes: Sizes, itemsize: int, gates: int, *, backward: bool) -> in
 
 def spectrum(c, sizes: Sizes):
   """Filters c [D, N] float32 -> [R, k1, 2 COLUMNS, D], real parts above imaginary ones."""
-  product = functools.partial(jnp.einsum, precision={2: "high", 3: "highest"}[sizes.parts])
+  # Three products of bfloat16 parts, or six, as of rows.
+  product = functools.partial(jnp.einsum, precision="highest" if sizes.parts == 3 else "high")
   residues, half = sizes.residues, sizes.half
   n1, n2, k1, k2 = map(np.arange, (half, COLUMNS, half, COLUMNS))
 

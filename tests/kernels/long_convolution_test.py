@@ -140,9 +140,9 @@ def test_golden_spectrum(case, golden, monkeypatch, close, rounding):
   close(found, expected, tolerance=rounding(jnp.float32, rows + columns))
 
 
-def test_only_what_is_there_is_read():
+def test_only_what_is_there_is_read(close, rounding):
   """The kernels read nothing outside their arrays and nothing that is not written before: NaN there
-  changes no value."""
+  reaches no value."""
   case = CASES["causal"]
   arrays, dy = inputs_of(case, np.float32)
   sizes = tpu.Sizes.of(case.length, np.float32)
@@ -158,8 +158,8 @@ def test_only_what_is_there_is_read():
 
   strict = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
   found, expected = (run(rows, arrays["skip"], dy, interpret) for interpret in (strict, True))
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+  close(found, expected, tolerance=rounding(jnp.float32, sizes.points))  # sums in another order
 
 
 @pytest.mark.parametrize(("parts", "least", "most"), [(1, 1e-3, 1e-2), (2, 0, 1e-5), (3, 0, 1e-6)])
