@@ -79,11 +79,17 @@ def vmem_bytes(sizes: Sizes, itemsize: int, gates: int) -> int:
 
 def spectrum(c, sizes: Sizes):
   """Filters c [D, N] float32 -> [k1, 2 COLUMNS, D], real parts above imaginary ones."""
-  product = functools.partial(jnp.einsum, precision="highest")
-  first, second = (jnp.asarray(_roots(n, n, n)) for n in (sizes.half, COLUMNS))
-  x = product("dij,ki->dkj", c.reshape(-1, sizes.half, COLUMNS), first)
-  x = product("dkj,lj->kld", x * _roots(sizes.half, COLUMNS, sizes.points), second)
-  return jnp.concatenate([x.real, x.imag], 1)
+  # Channels in lanes throughout, real matrices, and the twiddles in the second: of complex products
+  # XLA makes three times as many, and programs that take minutes to compile.
+  half, product = sizes.half, functools.partial(jnp.einsum, precision="highest")
+  first = real_matrix(np.arange(half), np.arange(half), half)[:, :half]  # of real rows
+  first = first.reshape(2, half, half).swapaxes(0, 1).astype(c.dtype)
+  frequencies = np.arange(sizes.points).reshape(COLUMNS, half)  # [k2, k1]
+  second = np.stack(
+    [real_matrix(k, np.arange(COLUMNS), sizes.points) for k in frequencies.T]
+  ).astype(c.dtype)
+  x = product("kpi,ijd->kpjd", first, c.T.reshape(half, COLUMNS, -1))
+  return product("klj,kjd->kld", second, x.reshape(half, 2 * COLUMNS, -1))
 
 
 class Span(NamedTuple):
@@ -250,12 +256,6 @@ def _tables(sizes: Sizes, parts: int) -> tuple[np.ndarray, ...]:
   twiddles = np.repeat(twiddles[..., None], LANES, -1)
   matrices = (first, second, second_back, first_back)
   return *(in_parts(matrix, parts) for matrix in matrices), twiddles
-
-
-def _roots(rows: int, columns: int, points: int) -> np.ndarray:
-  """exp(-2 pi i j k / points), [rows, columns]."""
-  turns = angles(np.arange(rows), np.arange(columns), points)
-  return np.exp(-1j * turns).astype(np.complex64)
 
 
 def _product(matrix_ref, x):
