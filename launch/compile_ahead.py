@@ -22,6 +22,9 @@ compiling it for that machine: whether it fits, what it sends, the least time th
                Where it does not fit: what makes it fit, each tried.
   decoding     with --decode, of a run's model: one step of generate.py, the state updated in place,
                and its least time beside that of reading the weights and the state once.
+  layers       of the models of several runs, side by side: what the static schedule of a TPU
+               predicts for a layer, forward or with gradients, its tokens a second, and how many
+               times those of the first run that is.
   kernels      every case of pallas_kernels/<op>/cases.py: on TPUs the static schedule and how far
                the kernel is from the limit of the chip; on GPUs registers, spills, shared memory,
                tensor-core instructions and occupancy. Beside them the XLA form and JAX's own flash
@@ -50,6 +53,8 @@ examples:
       --vocab_size 50257 --length 4096 --target v5p:4x4x4 v5e:16x16 h100:4x8
   python launch/compile_ahead.py --gin_file configs/runs/corpus_gated_deltanet_1b.gin \\
       --vocab_size 50257 --length 4096 --decode --batch_size 1 16 --target v5e
+  python launch/compile_ahead.py --layers configs/runs/corpus_bert_110m.gin \\
+      configs/runs/corpus_monarch_bert_80m.gin --rows 32x512 8x4096 4x8192 --target v5e v6e
   python launch/compile_ahead.py --kernels linear_attention --case train --target v5e v6e h100
   python launch/compile_ahead.py --kernels --target v5e v6e --record"""
 
@@ -65,6 +70,9 @@ def options() -> argparse.ArgumentParser:
   )
   what.add_argument(
     "--kernels", nargs="*", metavar="OP", help="ops of pallas_kernels; none named means all"
+  )
+  what.add_argument(
+    "--layers", nargs="+", metavar="FILE", help="run files of texts whose models are compared"
   )
   parser.add_argument("--target", nargs="+", required=True, metavar="NAME", help="see targets")
   parser.add_argument("--json", metavar="FILE", help="also write every figure to this file")
@@ -102,6 +110,13 @@ def options() -> argparse.ArgumentParser:
     metavar="B",
     help="of --sweep, default the run's own; of --decode, default 1",
   )
+  layers = parser.add_argument_group("layers, and --gin_param")
+  layers.add_argument(
+    "--rows", nargs="+", type=_rows, metavar="BxT", help="rows and their length, such as 8x4096"
+  )
+  layers.add_argument(
+    "--direction", nargs="+", default=["forward"], help="forward, forward_backward; default forward"
+  )
   kernels = parser.add_argument_group("kernels")
   kernels.add_argument(
     "--case", nargs="+", default=[], metavar="NAME", help="of the ops that have it; default all"
@@ -124,11 +139,18 @@ def options() -> argparse.ArgumentParser:
   return parser
 
 
+def _rows(text: str) -> tuple[int, int]:
+  rows, length = map(int, text.split("x"))
+  return rows, length
+
+
 def compile_ahead(arguments: argparse.Namespace) -> int:
   """Compiles and prints; returns the exit code."""
   _check(arguments)
   if arguments.kernels is not None:
     return _kernels(arguments)
+  if arguments.layers:
+    return _layers(arguments)
   from jaxmix.compile_ahead.run import Run
 
   run = Run(
@@ -152,6 +174,43 @@ def _check(arguments: argparse.Namespace) -> None:
         f"--decode with --{option}: --decode compiles the decoding of a run's model — expected "
         f"--gin_file without --{option} — leave out one of them"
       )
+  if bool(arguments.layers) != bool(arguments.rows):
+    raise ValueError(
+      f"--layers {arguments.layers}, --rows {arguments.rows}: the rows that layers are given "
+      "— expected both or neither — such as --layers RUN.gin --rows 8x4096"
+    )
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+  from jaxmix.compile_ahead.layers import Layers, compare, layers_table
+  from jaxmix.compile_ahead.process import CompileError, compile_all
+  from jaxmix.compile_ahead.run import Run
+
+  points = [
+    (
+      name,
+      Layers(Path(file).stem, Run((file,), tuple(arguments.gin_param)), rows, length, direction),
+    )
+    for name in arguments.target
+    for direction in arguments.direction
+    for rows, length in arguments.rows
+    for file in arguments.layers
+  ]
+  tasks = [layers.task(name) for name, layers in points]
+  rows, refused = [], 0
+  for (name, layers), report in zip(
+    points, compile_all(tasks, workers=arguments.workers), strict=True
+  ):
+    if isinstance(report, CompileError):
+      refused += 1
+      print(f"{name} {layers}: {report}", file=sys.stderr)
+    else:
+      rows.append(layers.row(report))
+  compare(rows, Path(arguments.layers[0]).stem)
+  print(layers_table(rows))
+  if arguments.json:
+    Path(arguments.json).write_text(json.dumps(rows, indent=1))
+  return int(refused > 0)
 
 
 def _decode(run: Run, name: str, arguments: argparse.Namespace) -> tuple[dict, bool]:

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Cost:
 
   Attributes:
     flops: of matmuls, a multiply-add counted as two, and what cost estimates say of Pallas kernels.
-    xla_flops: those of them that are not of Pallas kernels.
+    xla_flops: those of one run of each instruction of XLA's own that has some, by its name.
     hbm_bytes: see `count`.
     saved_activations, stacked_gradients: bytes of the arrays that loops fill row by row in the
       forward and in the backward pass: what scanned layers save, and their parameters' gradients.
@@ -48,7 +49,7 @@ class Cost:
   """
 
   flops: int
-  xla_flops: int
+  xla_flops: Mapping[str, int]
   hbm_bytes: int
   saved_activations: int
   stacked_gradients: int
@@ -66,7 +67,8 @@ def count(module: Module) -> Cost:
   last two dimensions of an array to whole tiles. Only one branch of a conditional runs, and all are
   counted. Flops of anything but matmuls and convolutions are not counted.
   """
-  xla_flops = kernel_flops = hbm_bytes = 0
+  all_flops = hbm_bytes = 0
+  xla_flops: Counter[str] = Counter()
   kernels: Counter[str] = Counter()
   unpriced: dict[str, None] = {}
   for executed, times, where in module.executed():
@@ -75,16 +77,16 @@ def count(module: Module) -> Cost:
       if instruction.is_pallas:
         kernels[instruction.kernel] += times
         flops = _estimated_flops(instruction)
-        kernel_flops += times * (flops or 0)
       else:
         flops = matmul_flops(instruction, computation)
-        xla_flops += times * (flops or 0)
+        xla_flops[executed.name] += flops or 0
+      all_flops += times * (flops or 0)
       if flops is None:
         unpriced[instruction.kernel if instruction.is_pallas else instruction.target] = None
   saved, gradients = _stacked(module)
   return Cost(
-    flops=xla_flops + kernel_flops,
-    xla_flops=xla_flops,
+    flops=all_flops,
+    xla_flops=+xla_flops,
     hbm_bytes=hbm_bytes,
     saved_activations=saved,
     stacked_gradients=gradients,

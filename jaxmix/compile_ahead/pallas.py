@@ -19,6 +19,7 @@ class PallasCall:
     results: (dtype, shape) of each result.
     matmul_flops: 2 M N K of every product in it, over the whole grid; what stands under `pl.when`
       counts as often as its predicate holds.
+    bytes_accessed: what its cost estimate says that one run reads and writes; None without one.
     upper_bound: a predicate or the length of a loop hangs on data; what it guards was counted as if
       it always ran, a loop once.
   """
@@ -27,6 +28,7 @@ class PallasCall:
   grid: tuple[int, ...]
   results: tuple[tuple[str, tuple[int, ...]], ...]
   matmul_flops: int
+  bytes_accessed: int | None
   upper_bound: bool
 
 
@@ -60,12 +62,18 @@ def _call(equation) -> PallasCall:
   params = equation.params
   grid = tuple(params["grid_mapping"].grid)
   if not all(isinstance(size, int | np.integer) for size in grid):
-    return PallasCall(_name(params), grid, _results(equation), 0, True)
+    return PallasCall(_name(params), grid, _results(equation), 0, _estimate(params), True)
   # Every grid step at once: the index along each axis as a flat array over the whole grid.
   steps = tuple(index.reshape(-1) for index in np.indices(grid)) if grid else ()
   count = math.prod(grid)
   flops, exact = _Counter(steps, grid, count).flops(params["jaxpr"], [], np.ones(count))
-  return PallasCall(_name(params), grid, _results(equation), round(flops), not exact)
+  estimate = _estimate(params)
+  return PallasCall(_name(params), grid, _results(equation), round(flops), estimate, not exact)
+
+
+def _estimate(params: dict) -> int | None:
+  estimate = params.get("cost_estimate")
+  return None if estimate is None else estimate.bytes_accessed
 
 
 def _name(params: dict) -> str:

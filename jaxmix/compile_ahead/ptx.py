@@ -63,8 +63,9 @@ class GpuKernel:
     occupancy: resident warps over the most that could be, 0 to 1.
     waves: blocks of the grid over those that the whole GPU holds at a time.
     matmul_flops: of one run; None where it is not known.
-    hbm_bytes: of one run of a Pallas kernel, its operands and results once each, the least that it
-      moves where it uses all of them; None for another kernel.
+    hbm_bytes: of one run of a Pallas kernel, its operands and results once each, or what its cost
+      estimate says where that is less, as of a kernel that is given whole arrays for a part of
+      them; None for another kernel.
     limit_seconds: of one run, the larger of hbm_bytes at the bandwidth of the memory and
       matmul_flops at the peak of the tensor cores; None where either is not known.
   """
@@ -292,10 +293,12 @@ def _kernel(
   blocks = resident_blocks(
     target.core, warps=warps, registers=code.registers, shared_bytes=shared_bytes
   )
-  flops = _flops(launch, calls)
-  limit = None
-  if flops is not None:
-    limit = max(launch.hbm_bytes / target.hbm_bandwidth, flops / target.matmul_flops)
+  call = _traced(launch, calls)
+  hbm_bytes, flops, limit = launch.hbm_bytes, None, None
+  if call is not None:
+    flops = call.matmul_flops
+    hbm_bytes = min(hbm_bytes, call.bytes_accessed or hbm_bytes)
+    limit = max(hbm_bytes / target.hbm_bandwidth, flops / target.matmul_flops)
   return GpuKernel(
     name=launch.name or launch.entry,
     entry=launch.entry,
@@ -313,13 +316,13 @@ def _kernel(
     occupancy=blocks * warps * 32 / target.core.threads,
     waves=math.prod(launch.grid) / (blocks * target.cores) if blocks else None,
     matmul_flops=flops,
-    hbm_bytes=launch.hbm_bytes,
+    hbm_bytes=hbm_bytes,
     limit_seconds=limit,
   )
 
 
-def _flops(launch: _Launch, calls: Sequence[PallasCall]) -> int | None:
-  """The flops of the traced call that has this name, grid and results, where they are exact."""
+def _traced(launch: _Launch, calls: Sequence[PallasCall]) -> PallasCall | None:
+  """The traced call that has this name, grid and results, where its flops are exact."""
   for call in calls:
     if call.upper_bound:
       continue
@@ -327,7 +330,7 @@ def _flops(launch: _Launch, calls: Sequence[PallasCall]) -> int | None:
     blocks = math.prod(call.grid)
     name = re.sub(r"\W", "_", call.name)  # as an entry is named
     if (name, results, blocks) == (launch.name, launch.results, math.prod(launch.grid)):
-      return call.matmul_flops
+      return call
   return None
 
 

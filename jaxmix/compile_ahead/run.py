@@ -15,8 +15,8 @@ from jaxmix import configuration, training
 from jaxmix.compile_ahead.process import Task
 from jaxmix.compile_ahead.report import Report
 from jaxmix.compile_ahead.targets import Target, target
-from jaxmix.data import Outline, text_outline
-from jaxmix.models import abstract_parameters
+from jaxmix.data import Outline, TextDataset, text_outline
+from jaxmix.models import Stack, abstract_parameters
 from jaxmix.training.run import SUPPLIED, abstract_run
 
 
@@ -56,6 +56,11 @@ class Run:
     graph, parameters, axes = abstract_parameters(factory)
     return graph, parameters, axes, nnx.merge(graph, parameters)
 
+  def stack(self) -> Stack:
+    """The layers of the model."""
+    *_, model = self.model()
+    return model if isinstance(model, Stack) else model.encoder
+
   def outline(self) -> Outline:
     """That of the data.
 
@@ -64,7 +69,7 @@ class Run:
       ValueError: the sizes of a text were given, and the data is none.
     """
     if self.vocab_size is not None and self.length is not None:
-      return text_outline(self.vocab_size, self.length)
+      return self._text_outline(self.vocab_size, self.length)
     try:
       outline = self.configuration().value("data").outline
     except OSError as error:
@@ -80,7 +85,11 @@ class Run:
         f"{outline.unit} — expected text — leave both out, so that the data is asked"
       )
     vocab_size = self.vocab_size or outline.sizes["vocab_size"]
-    return text_outline(vocab_size, self.length or outline.length)
+    return self._text_outline(vocab_size, self.length or outline.length)
+
+  def _text_outline(self, vocab_size: int, length: int) -> Outline:
+    packing = self.configuration().value("packing", of=TextDataset)
+    return text_outline(vocab_size, length, packing=packing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,11 +218,9 @@ def remedies(run: Run, devices: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
   text = settings.text()
   is_cut = devices == 1 or "make_mesh.fsdp = -1" in text
   cut = () if is_cut else (("make_mesh.data = 1", "make_mesh.fsdp = -1"),)
-  remat = tuple(
-    (f'Decoder.remat = "{policy}"',)
-    for policy in ("dots", "full")
-    if f"Decoder.remat = '{policy}'" not in text and "Decoder.remat = 'full'" not in text
-  )
+  stack = run.stack()
+  harder = {"none": ("dots", "full"), "dots": ("full",), "full": ()}[stack.remat]
+  remat = tuple((f'{type(stack).__name__}.remat = "{policy}"',) for policy in harder)
   parts = [
     count
     for count in (2, 4, 8, 16)

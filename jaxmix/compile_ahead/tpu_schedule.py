@@ -111,7 +111,11 @@ class Schedule:
 
 
 def read_schedule(
-  folder: pathlib.Path, module: Module, calls: Sequence[PallasCall], target: Target, flops: int
+  folder: pathlib.Path,
+  module: Module,
+  calls: Sequence[PallasCall],
+  target: Target,
+  xla_flops: Mapping[str, int],
 ) -> Schedule:
   """Puts together what the compiler wrote about one program.
 
@@ -120,7 +124,7 @@ def read_schedule(
     module: the compiled program.
     calls: the Pallas kernels as traced, which know their grids and flops.
     target: what it was compiled for.
-    flops: matmul flops of the program outside Pallas kernels.
+    xla_flops: see `jaxmix.compile_ahead.cost.Cost`.
   """
   dumps = _Dumps(folder, target)
   times: dict[str, int] = defaultdict(int)
@@ -136,11 +140,12 @@ def read_schedule(
       continue
     call = _take(pending, found[name]) if found[name].is_pallas else None
     called = (call and call.name) or (found[name].kernel if found[name].is_pallas else name)
-    piece = _piece(called, count, counts, call, dumps.vmem(name), target)
+    flops = call.matmul_flops if call else xla_flops.get(name, 0)
+    piece = _piece(called, count, counts, call, flops, dumps.vmem(name), target)
     (kernels if found[name].is_pallas else others).append(piece)
   if (top := dumps.counts("TLP")) is not None:
-    others.append(_piece("TLP", 1, top, None, 0, target))
-  return Schedule(target.clock, tuple(kernels), _whole([*kernels, *others], flops, target))
+    others.append(_piece("TLP", 1, top, None, 0, 0, target))
+  return Schedule(target.clock, tuple(kernels), _whole([*kernels, *others]))
 
 
 def _piece(
@@ -148,13 +153,13 @@ def _piece(
   times: int,
   counts: Sequence[Counts],
   call: PallasCall | None,
+  flops: int,
   vmem_bytes: int,
   target: Target,
 ) -> Piece:
   """A kernel from what each core of the device does."""
   issue = max(core.cycles for core in counts)
   hbm_bytes = sum(core.hbm_read + core.hbm_written for core in counts)
-  flops = call.matmul_flops if call else 0
   hbm = target.clock * hbm_bytes / target.hbm_bandwidth
   matmul = target.clock * flops / target.matmul_flops
   return Piece(
@@ -200,17 +205,11 @@ def total(pieces: Sequence[Piece], *, name: str = "all kernels") -> Piece:
   )
 
 
-def _whole(pieces: Sequence[Piece], flops: int, target: Target) -> Piece:
+def _whole(pieces: Sequence[Piece]) -> Piece:
   everything = total(pieces, name="program")
-  matmul = everything.matmul_cycles + target.clock * flops / target.matmul_flops
-  return dataclasses.replace(
-    everything,
-    calls=1,
-    matmul_flops=everything.matmul_flops + flops,
-    matmul_cycles=matmul,
-    # Copies that run beside other operations move their bytes within the same bandwidth.
-    predicted_cycles=max(everything.predicted_cycles, everything.hbm_cycles, matmul),
-  )
+  # Copies that run beside other operations move their bytes within the same bandwidth.
+  predicted = max(everything.predicted_cycles, everything.hbm_cycles)
+  return dataclasses.replace(everything, calls=1, predicted_cycles=predicted)
 
 
 def _take(pending: list[PallasCall], instruction: Instruction) -> PallasCall | None:

@@ -72,27 +72,28 @@ class Configuration:
     """Calls the root function and returns its result; `arguments` win over what the files say."""
     return self.configured(self._statements.root)(**arguments)
 
-  def value(self, parameter: str) -> Any:
-    """The value of one parameter of the root, as set or by default.
+  def value(self, parameter: str, *, of: Callable[..., Any] | None = None) -> Any:
+    """The value of one parameter of the root, or of another function or class, as set or by
+    default.
 
     Macros and references are resolved: `@name` gives a callable, `@name()` calls it now.
 
     Raises:
-      ConfigurationError: the root has no such parameter, or one with neither a value nor a default.
+      ConfigurationError: there is no such parameter, or it has neither a value nor a default.
     """
-    root = self._statements.root
-    bound = self._bound(root, ())
+    target = of or self._statements.root
+    bound = self._bound(target, ())
     if parameter in bound:
       return self._resolved(bound[parameter], ())
-    parameters = signature(root).parameters
+    parameters = signature(target).parameters
     if parameter not in parameters:
       raise ConfigurationError(
-        f"{root.__name__} has no parameter {parameter!r}"
+        f"{target.__name__} has no parameter {parameter!r}"
         + nearest(parameter, parameters, otherwise=f"it takes {', '.join(parameters)}")
       )
     if parameters[parameter].default is inspect.Parameter.empty:
       raise ConfigurationError(
-        f"{root.__name__}.{parameter} has no value; the caller gives it to call({parameter}=...)"
+        f"{target.__name__}.{parameter} has no value; the caller gives it to call({parameter}=...)"
       )
     return parameters[parameter].default
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+CHUNK = 512  # lags whose filters are made at a time
 TARGET = 1e-2  # what the window falls to
 FASTEST, SLOWEST = (
   0.3,
@@ -85,20 +86,41 @@ class ImplicitFilter(nnx.Module):
         f"ImplicitFilter: {length} lags of filters whose longest is max_length={self.max_length}; "
         "make rows shorter, or the model with a greater max_length"
       )
-    positions = self.positions[...][:length]
+    positions = self.positions[...]
     scale = self.slope * self.frequency[...]
-    time = jnp.linspace(0, 1, self.max_length, dtype=positions.dtype)[:length]
+    time = jnp.linspace(0, 1, self.max_length, dtype=positions.dtype)
     fall = jnp.abs(
       jnp.linspace(
         math.log(TARGET) / SLOWEST, math.log(TARGET) / FASTEST, self.channels, dtype=time.dtype
       )
     )
-    window = jnp.exp(-fall[:, None] * time)
-    return tuple(network(positions, scale).T * window for network in self.networks)
+
+    def of(lags):
+      positions, time = lags
+      window = jnp.exp(-fall * time[:, None])
+      return tuple(network(positions, scale) * window for network in self.networks)
+
+    return tuple(k.T for k in _in_chunks(of, (positions[:length], time[:length])))
 
   def flops(self, length: int) -> int:
     """Floating-point operations of filters of that length, a multiply-add counted as two."""
     return length * sum(network.flops_per_lag for network in self.networks)
+
+
+def _in_chunks(function, arrays):
+  """function(arrays) of rows that do not know one another, CHUNK at a time: of thousands at once
+  XLA makes a program for TPU that takes many minutes to compile."""
+  length = len(arrays[0])
+  if length <= CHUNK:
+    return function(arrays)
+  count = -(-length // CHUNK)
+
+  def cut(x):
+    x = jnp.pad(x, [(0, count * CHUNK - length)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(count, CHUNK, *x.shape[1:])
+
+  results = jax.lax.map(function, jax.tree.map(cut, arrays))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], results)
 
 
 class _Sines(nnx.Module):

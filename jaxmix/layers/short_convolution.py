@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,19 @@ class ShortConvolution(nnx.Module):
 
   def __call__(self, x: jax.Array, *, state=None, segment_ids=None):
     """x [B, T, *shape] -> y of its shape and dtype, and the state [B, W - 1, channels]."""
-    y, state = ops.short_convolution(
-      x.reshape(*x.shape[:2], self.channels),
-      self.weight[...].reshape(self.channels, self.width),
-      bias=None if self.bias is None else self.bias[...].reshape(self.channels),
-      activation=self.activation,
-      state=state,
-      segment_ids=segment_ids,
-    )
-    return y.reshape(x.shape), state
+    bias = None if self.bias is None else self.bias[...]
+    return _convolve(x, self.weight[...], bias, self.activation, state, segment_ids)
+
+  def each(self, parts: Sequence[jax.Array], *, state=None, segment_ids=None):
+    """x as the parts [B, T, *shape[1:]] of its first channel axis -> those of y, and the state."""
+    states = [None] * len(parts) if state is None else jnp.split(state, len(parts), -1)
+    biases = [None] * len(parts) if self.bias is None else self.bias[...]
+    pairs = [
+      _convolve(x, weight, bias, self.activation, before, segment_ids)
+      for x, weight, bias, before in zip(parts, self.weight[...], biases, states, strict=True)
+    ]
+    ys, after = zip(*pairs, strict=True)
+    return list(ys), jnp.concatenate(after, -1)
 
   def init_state(self, batch_size: int, dtype) -> jax.Array:
     """Zeros [B, W - 1, channels], the inputs before the first token."""
@@ -59,3 +63,17 @@ class ShortConvolution(nnx.Module):
   def flops_per_token(self) -> int:
     """Floating-point operations of a token, a multiply-add counted as two."""
     return 2 * self.width * self.channels
+
+
+def _convolve(x, weight, bias, activation, state, segment_ids):
+  """`jaxmix.ops.short_convolution` of x [B, T, *shape]."""
+  *shape, width = weight.shape
+  y, state = ops.short_convolution(
+    x.reshape(*x.shape[:2], math.prod(shape)),
+    weight.reshape(-1, width),
+    bias=None if bias is None else bias.reshape(-1),
+    activation=activation,
+    state=state,
+    segment_ids=segment_ids,
+  )
+  return y.reshape(x.shape), state

@@ -140,10 +140,9 @@ class MonarchMixer(nnx.Module):
     x = x if self.norm is None else self.norm(x)
     before = {} if state is None else state
     after = {}
-    p, after["convolution"] = self.convolution(
-      self.into(x), state=before.get("convolution"), segment_ids=segment_ids
+    (*gates, v), after["convolution"] = self.convolution.each(
+      self.into.each(x), state=before.get("convolution"), segment_ids=segment_ids
     )
-    *gates, v = jnp.moveaxis(p, 2, 0)
     options = {"segment_ids": segment_ids, "implementation": self.implementation}
     for index in range(self.order - 1):
       name = f"gated_{index}"

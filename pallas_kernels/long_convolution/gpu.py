@@ -151,15 +151,19 @@ class Plan:
     return jax.lax.fori_loop(0, count, body, results)
 
   def call(
-    self, kernel, grid, out_shape, *, name: str, products: int, aliases=None, warps=4, interpret
-  ):
+    self, kernel, grid, out_shape, *, name: str, products: int, rows=0, of_a=1, spectra=0,
+    aliases=None, warps=4, interpret,
+  ):  # fmt: skip
     """A `pallas_call` of `kernel(*refs, plan=plan)`, which sees whole arrays.
 
     Args:
-      products: multiply-adds for each point.   aliases: number of an argument -> of the result that
-        takes its place.
+      products: multiply-adds for each point.
+      rows, of_a, spectra: how many arrays of rows, A and spectra the kernel reads and writes, of
+        its group.
+      aliases: number of an argument -> of the result that takes its place.
     """
     points = self.pairs * self.sizes.points * self.width
+    tokens = 2 * self.pairs * self.length * self.width
 
     def run(*arrays):
       return pl.pallas_call(
@@ -171,7 +175,8 @@ class Plan:
         cost_estimate=pl.CostEstimate(
           flops=2 * points * products * _count(self.dtype),
           transcendentals=0,
-          bytes_accessed=16 * points,
+          bytes_accessed=rows * tokens * self.dtype.itemsize
+          + 8 * (of_a * points + spectra * self.sizes.points * self.width),
         ),
         name=f"long_convolution_{name}",
         interpret=interpret,
@@ -194,6 +199,7 @@ class Plan:
       jax.ShapeDtypeStruct((self.pairs * 2 * sizes.points, self.width), jnp.float32),
       name="transform",
       products=2 * sizes.half,
+      rows=len(of_rows),
       interpret=interpret,
     )(group, _tables(sizes, PARTS[str(self.dtype)]).first, of_rows)
 
@@ -212,6 +218,7 @@ class Plan:
       [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
       name="transform_back",
       products=2 * sizes.half,
+      rows=before - 4 + len(results),
       aliases={before + i: i for i in range(len(results))},
       interpret=interpret,
     )(
@@ -226,13 +233,16 @@ class Plan:
     lanes = min(POINTS // sizes.columns, self.lanes)
     # Of a thread, in whose registers three parts of float32 leave no room at 16 warps.
     points = 8 if self.dtype == jnp.float32 else 4
+    gradient = len(carried) > 1
     constants = [x for x in (tables.second, tables.twiddles, tables.inner) if x is not None]
     return self.call(
       functools.partial(kernel, lanes=lanes),
       (sizes.half, self.width // lanes),
       [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in carried],
       name=name,
-      products=8 * RADIX * COLUMNS[sizes.columns] * (2 if len(carried) > 1 else 1),
+      products=8 * RADIX * COLUMNS[sizes.columns] * (1 + gradient),
+      of_a=2 * (1 + gradient),
+      spectra=1 + 2 * gradient,
       aliases={2 + len(constants) + i: i for i in range(len(carried))},
       warps=max(4, sizes.columns * lanes // (32 * points)),
       interpret=interpret,

@@ -115,20 +115,23 @@ def spectrum(c, sizes: Sizes):
 
   def matrices(i, j, points: int):
     """For each residue [part, i, part, j]."""
-    of = (real_matrix(i(shift), j, points) for shift in sizes.shifts)
-    return np.stack(list(of)).reshape(residues, 2, -1, 2, len(j)).astype(np.float32)
+    of = [real_matrix(i(shift), j, points) for shift in sizes.shifts]
+    return np.stack(of).reshape(residues, 2, -1, 2, len(j)).astype(np.float32)
+
+  # Channels in lanes throughout, and real products: of complex ones XLA makes three times as many,
+  # and programs that take minutes to compile.
 
   x = c.T.reshape(1, residues, half, COLUMNS, -1)  # an axis of parts, which is real alone
   if residues > 1:
     fold = matrices(lambda shift: shift * residues, np.arange(residues), residues)[:, :, 0, :1]
     x = product("rqpf,pfijd->rqijd", fold, x)
   first = matrices(lambda shift: k1 + shift, n1, half)[:, :, :, : x.shape[1]]
-  x = product("rqkpi,rpijd->rqkjd", first, x)
-  turns = angles(k1, n2, sizes.frequencies).astype(np.float32)[..., None]
-  cosine, sine = np.cos(turns), np.sin(turns)
-  x = jnp.stack([x[:, 0] * cosine + x[:, 1] * sine, x[:, 1] * cosine - x[:, 0] * sine], 1)
-  x = product("rqlpj,rpkjd->rkqld", matrices(lambda shift: k2 + shift / half, n2, COLUMNS), x)
-  return x.reshape(residues, half, 2 * COLUMNS, -1)
+  x = product("rqkpi,rpijd->rkqjd", first, x)
+  turns = angles(k1, n2, sizes.frequencies)[..., None]
+  (a, b), cosine, sine = jnp.moveaxis(x, 2, 0), *np.float32([np.cos(turns), np.sin(turns)])
+  x = jnp.concatenate([a * cosine + b * sine, b * cosine - a * sine], 2)
+  second = matrices(lambda shift: k2 + shift / half, n2, COLUMNS)
+  return product("roj,rkjd->rkod", second.reshape(residues, 2 * COLUMNS, 2 * COLUMNS), x)
 
 
 def forward(u, spectrum, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=False):

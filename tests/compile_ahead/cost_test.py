@@ -235,7 +235,7 @@ def test_kernels_by_name(small):
   kernels = small["kernels"]
   assert kernels.kernels["silent_kernel"] == 3
   assert kernels.unpriced == ("silent_kernel",)
-  assert kernels.xla_flops == 0
+  assert kernels.xla_flops == {}
   assert kernels.flops == 3 * 1234 * ("priced_kernel" in kernels.kernels)
 
 

@@ -109,6 +109,15 @@ def test_sweep_tries_every_way_to_lay_out_the_devices(run):
   assert not [params for params in sweep(run, 8, (4,)) if "make_mesh.fsdp = 8" in params]
 
 
+def test_rows_are_as_the_run_packs_them(repository):
+  """Blocks have no segment_ids, whether the text is here or not; the remedies name the model."""
+  run = Run((str(repository / "configs" / "runs" / "corpus_bert_110m.gin"),), (), 512, 128)
+  assert set(run.outline().row) == {"inputs", "targets", "weights"}
+  packed = run.with_params('TextDataset.packing = "documents"')
+  assert "segment_ids" in packed.outline().row
+  assert ('Encoder.remat = "full"',) in remedies(run, devices=16)[0]
+
+
 def test_data_that_is_not_here_is_said_with_the_way_out(repository, monkeypatch):
   monkeypatch.setenv("JAXMIX_DATA", "/nowhere")
   run = Run((str(repository / "configs" / "runs" / "corpus_linear_attention_1b.gin"),))

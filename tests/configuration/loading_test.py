@@ -44,6 +44,7 @@ def test_values_resolve_and_defaults_are_known(read, run, library):
   assert configuration.value("data") == library.Files("a.txt")
   assert configuration.value("window") == 16
   assert configuration.value("schedule") == "cosine"
+  assert configuration.value("path", of=library.Files) == "a.txt"
   with pytest.raises(
     ConfigurationError, match=r"train has no parameter 'step'; did you mean steps\?"
   ):

@@ -324,5 +324,12 @@ def test_gpu_kernels(chip, shape, dtype):
     assert kernel.spill_bytes == 0, f"{kernel.name}: {kernel.spill_bytes} bytes spilled"
     assert sum(kernel.tensor_core.values()) > 0, kernel.name
     assert kernel.blocks_per_core >= 1, kernel.name
+  # What launches read and write is of their groups: rows 6 times forward and 14 backward, A 4 and 8
+  # times, spectra once and thrice for each group of rows.
+  if chip != "a6000":  # whose groups are not whole
+    sizes, u = gpu.Sizes.of(shape[1]), jax.ShapeDtypeStruct(shape, dtype)
+    (_, once), (_, thrice) = (gpu.Plan.of(u, sizes, count).groups for count in (1, 2))
+    whole = 20 * of_gate + (12 * shape[0] // 2 + once + 3 * thrice) * of_filters
+    assert sum(kernel.runs * kernel.hbm_bytes for kernel in kernels) == whole
   if chip == "h100":  # whose matrices of 64 rows are for its own instruction
     assert any("wgmma" in kernel.tensor_core for kernel in kernels)

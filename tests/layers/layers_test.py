@@ -3,6 +3,8 @@ numpy."""
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,59 @@ def test_unknown_activation():
   assert str(error.value) == (
     "activation='tanh' is unknown; expected one of gelu, exact_gelu, relu, silu"
   )
+
+
+def test_exact_gelu(close, rounding):
+  """x Phi(x), of bfloat16 too, whose last digit is all that may be off."""
+  x = np.linspace(-6, 6, 101).astype(np.float32)
+  expected = np.array([z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in x.astype(np.float64)])
+  gelu = layers.mlp.ACTIVATIONS["exact_gelu"]
+  close(gelu(jnp.asarray(x)), expected, tolerance=rounding(np.float32, 10))
+  narrow = jnp.asarray(x, jnp.bfloat16)
+  assert gelu(narrow).dtype == jnp.bfloat16
+  close(np.float64(gelu(narrow)), expected, tolerance=rounding(jnp.bfloat16, 4))
+
+
+@pytest.mark.parametrize("options", [{"gated": True}, {"gated": False}])
+def test_block_diagonal_mlp_of_odd_blocks(options, close, exact):
+  """Halves are contiguous where a block lies in both."""
+  mlp = layers.BlockDiagonalMLP(30, 18, blocks=3, bias=True, rngs=RNGS, **options)
+  x = normal(2, 5, 30).astype(np.float32)
+  up, down = (
+    np.float64(jax.scipy.linalg.block_diag(*each.kernel[...])) for each in (mlp.up, mlp.down)
+  )
+
+  def gelu(h):
+    return np.float64(jax.nn.gelu(jnp.asarray(h, jnp.float32)))
+
+  h = x @ up
+  h = gelu(h[..., :18]) * h[..., 18:] if options["gated"] else gelu(h)
+  close(mlp(jnp.asarray(x)), h @ down + np.float64(mlp.down.bias[...]), tolerance=exact)
+
+
+def test_hidden_width_of_whole_blocks():
+  with pytest.raises(ValueError, match=r"hidden=18 is not a multiple of blocks=4; try hidden=20"):
+    layers.BlockDiagonalMLP(16, 18, rngs=RNGS)
+
+
+def test_filters_in_pieces(close, rounding, monkeypatch):
+  """Of more lags than are made at a time: values and gradients are those of all at once."""
+  filters = layers.ImplicitFilter(
+    {"mlp": 4}, max_length=50, directions=2, hidden=8, frequency=1.0, rngs=RNGS
+  )
+  graph, parameters = nnx.split(filters)
+
+  def run(parameters):
+    return nnx.merge(graph, parameters)(40)
+
+  def both():
+    y, pull = jax.vjp(run, parameters)
+    return y, pull(jax.tree.map(jnp.cos, y))
+
+  whole = both()
+  monkeypatch.setattr("jaxmix.layers.implicit_filter.CHUNK", 16)
+  assert [y.shape for y in both()[0]] == [(4, 40)] * 2
+  close(both(), whole, tolerance=rounding(np.float32, 50))
 
 
 def test_embedding():

@@ -338,7 +338,7 @@ def test_golden_bert(case, golden, close):
 
   last = data[f"hidden{encoder.keywords['depth']}"]
   expected = (data["loss"], (last, data["logits"]), gradients)
-  close(run(parameters), expected, tolerance=10 * TOLERANCE)
+  close(run(parameters), expected, tolerance=20 * TOLERANCE)  # activations are float32
 
 
 def test_errors():
