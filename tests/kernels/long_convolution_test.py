@@ -257,16 +257,11 @@ def compiled(
   return compile_ahead.report(program, (rows, kernel, rows, rows, ids), chip, schedule=schedule)
 
 
-@pytest.mark.parametrize(
-  ("length", "ratios"),
-  [
-    (4096, {"forward": 1.05, "backward": 1.1}),
-    (32768, {"fold": 1.01, "forward": 1.1, "backward": 1.15, "unfold": 1.01}),
-  ],
-)
-def test_schedule(length, ratios):
-  """On v5e the kernels stay near the limit of their products, and folding near that of HBM."""
-  schedule = compiled("v5e", (2, length, 128), jnp.bfloat16).schedule
+def test_schedule():
+  """Of folded rows on v5e: the kernels stay near the limit of their products, and folding at that of
+  HBM. Rows that are not folded stand in the record of schedules."""
+  schedule = compiled("v5e", (2, 32768, 128), jnp.bfloat16).schedule
+  ratios = {"fold": 1.01, "forward": 1.1, "backward": 1.15, "unfold": 1.01}
   for name, ratio in ratios.items():
     piece = schedule.kernel(f"long_convolution_{name}")
     assert piece.ratio <= ratio, f"{name}: {piece.ratio:.2f}"
