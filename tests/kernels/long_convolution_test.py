@@ -258,7 +258,7 @@ def compiled(
 
 
 def test_schedule():
-  """Of folded rows on v5e: the kernels stay near the limit of their products, and folding at that of
+  """On v5e the kernels of folded rows stay near the limit of their products, and folding at that of
   HBM. Rows that are not folded stand in the record of schedules."""
   schedule = compiled("v5e", (2, 32768, 128), jnp.bfloat16).schedule
   ratios = {"fold": 1.01, "forward": 1.1, "backward": 1.15, "unfold": 1.01}
