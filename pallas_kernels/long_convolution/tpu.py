@@ -108,30 +108,34 @@ def vmem_bytes(sizes: Sizes, itemsize: int, gates: int, *, backward: bool) -> in
 
 def spectrum(c, sizes: Sizes):
   """Filters c [D, N] float32 -> [R, k1, 2 COLUMNS, D], real parts above imaginary ones."""
+  # Channels in lanes throughout, real products, and twiddles in the second matrices: of complex
+  # products XLA makes three times as many, and programs that take minutes to compile.
   # Three products of bfloat16 parts, or six, as of rows.
   product = functools.partial(jnp.einsum, precision="highest" if sizes.parts == 3 else "high")
   residues, half = sizes.residues, sizes.half
-  n1, n2, k1, k2 = map(np.arange, (half, COLUMNS, half, COLUMNS))
+  n1, n2, k2 = map(np.arange, (half, COLUMNS, COLUMNS))
+  k1 = sizes.shifts[:, None] + np.arange(half)
 
   def matrices(i, j, points: int):
     """For each residue [part, i, part, j]."""
-    of = [real_matrix(i(shift), j, points) for shift in sizes.shifts]
+    of = [real_matrix(row, j, points) for row in i]
     return np.stack(of).reshape(residues, 2, -1, 2, len(j)).astype(np.float32)
-
-  # Channels in lanes throughout, and real products: of complex ones XLA makes three times as many,
-  # and programs that take minutes to compile.
 
   x = c.T.reshape(1, residues, half, COLUMNS, -1)  # an axis of parts, which is real alone
   if residues > 1:
-    fold = matrices(lambda shift: shift * residues, np.arange(residues), residues)[:, :, 0, :1]
-    x = product("rqpf,pfijd->rqijd", fold, x)
-  first = matrices(lambda shift: k1 + shift, n1, half)[:, :, :, : x.shape[1]]
-  x = product("rqkpi,rpijd->rkqjd", first, x)
-  turns = angles(k1, n2, sizes.frequencies)[..., None]
-  (a, b), cosine, sine = jnp.moveaxis(x, 2, 0), *np.float32([np.cos(turns), np.sin(turns)])
-  x = jnp.concatenate([a * cosine + b * sine, b * cosine - a * sine], 2)
-  second = matrices(lambda shift: k2 + shift / half, n2, COLUMNS)
-  return product("roj,rkjd->rkod", second.reshape(residues, 2 * COLUMNS, 2 * COLUMNS), x)
+    r = np.arange(residues)
+    x = product("rqpf,pfijd->rqijd", matrices(r[:, None], r, residues)[:, :, 0, :1], x)
+  first = matrices(k1, n1, half)[:, :, :, : x.shape[1]]
+  x = product("rqkpi,rpijd->rkqjd", first, x).reshape(residues, half, 2 * COLUMNS, -1)
+  twiddles = angles(k1, n2, sizes.frequencies).reshape(residues, half, 1, COLUMNS)
+  # The products of both are large, and not to be written into the program.
+  (a, b), (c, d) = (
+    jax.lax.optimization_barrier((np.float32(np.cos(turns)), np.float32(np.sin(turns))))
+    for turns in (twiddles, angles(k2, n2, COLUMNS))
+  )
+  cosine, sine = a * c - b * d, b * c + a * d
+  second = jnp.block([[cosine, sine], [-sine, cosine]])
+  return product("rkij,rkjd->rkid", second, x)
 
 
 def forward(u, spectrum, skip, pre_gate, post_gate, sizes: Sizes, *, interpret=False):
