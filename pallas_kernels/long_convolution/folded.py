@@ -30,7 +30,7 @@ from pallas_kernels.long_convolution.fourier import mixed_dtypes
 SMALLEST_VMEM = 16 * 2**20  # of the smallest chip: what a program without a mesh is made for
 RESIDUES = (1, 4, 8, 16, 32, 64, 128)  # folding holds all of them in registers or near them
 # Tokens: products that are deeper than a matrix unit cost more than another fold.
-LONGEST_FOLDED = 64 * tpu.COLUMNS
+LONGEST_FOLDED = 4096
 GROUP_BYTES = 2**31  # of folded rows
 WINDOW_BYTES = 2**21  # of those in a step
 TILE = 16  # tokens at a time: a register of bfloat16 numbers
@@ -278,7 +278,7 @@ def _scalar(start):
 def _windows(channels: int, group: int, sizes: tpu.Sizes):
   """The grid (pairs, D / 128, tokens), and the windows of rows and of folded rows."""
   lanes = min(channels, tpu.LANES)
-  tokens = max(min(WINDOW_BYTES // (8 * tpu.LANES * sizes.residues), tpu.MULTIPLE), TILE)
+  tokens = max(min(WINDOW_BYTES // (8 * tpu.LANES * sizes.residues), sizes.tokens), TILE)
   grid = (group, pl.cdiv(channels, lanes), sizes.tokens // tokens)
   of_rows = pl.BlockSpec(
     (2, sizes.residues // 2, tokens, lanes), lambda i, j, n, start: (start[0] + i, 0, n, j)

@@ -6,11 +6,11 @@ Channels stand in lanes: a transform is products of constant matrices with rows 
 and no array is transposed. Two rows of a batch are one complex row: their convolutions are its
 real and imaginary part.
 
-A row of T = rows * COLUMNS tokens is filled up with as many zeros, N = 2 T. With token n = n1
-COLUMNS + n2 and frequency k = k1 + N1 k2, N1 = 2 rows, a transform is
+A row of T = rows * columns tokens is filled up with as many zeros, N = 2 T. With token n = n1
+columns + n2 and frequency k = k1 + N1 k2, N1 = 2 rows, a transform is
 
-    A[k1, n2] = sum_n1 w_N1^(k1 n1) x[n1, n2]     for each n2: rows that stand COLUMNS apart
-    X[k1, k2] = sum_n2 w_C^(n2 k2) w_N^(k1 n2) A[k1, n2]     for each k1
+    A[k1, n2] = sum_n1 w_N1^(k1 n1) x[n1, n2]     for each n2: rows that stand columns apart
+    X[k1, k2] = sum_n2 w_columns^(n2 k2) w_N^(k1 n2) A[k1, n2]     for each k1
 
 and back the same with conjugates. Half of the n1 are zeros and are left out both ways. Spectra stay
 in the order [k1, k2]: nothing is put in order. Rows that `folded` has folded have no zeros, N1 =
@@ -25,7 +25,7 @@ of three, six products, where they are float32, which leaves the rounding of flo
 stand behind one another: one product adds them up.
 
 Bytes, a token and channel, at b bytes a number: forward 4 b, backward 7 b; of the spectrum 8 N D.
-Flops, a token and channel: forward 3 x 8 (N1 + 2 COLUMNS) / 2 or so, backward twice that.
+Flops, a token and channel: forward 3 x 8 (N1 + 2 columns) / 2 or so, backward twice that.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.long_convolution.fourier import PARTS, angles, in_parts, real_matrix
 
 LANES = 128
-COLUMNS = 64  # with both parts of a complex number as deep as a matrix unit
-MULTIPLE = 8 * COLUMNS  # of tokens: n1 in whole registers
+COLUMNS = (16, 32, 64)  # the last with both parts of complex numbers as deep as a matrix unit
+ROWS = 8  # of n1 in a register
+LARGE = 4096  # points
 APART = 4
 BESIDE = 8  # transforms that are one product
 UNROLLED = 2  # products whose latencies the schedule lays side by side
@@ -54,12 +55,13 @@ class Sizes(NamedTuple):
   """Of the transforms of a row.
 
   Attributes:
-    rows: n1 of a row, or of a folded one.
+    rows, columns: n1 and n2 of a row, or of a folded one.
     parts: of an operand.
     residues: R of folded rows; 1 means that they are not.
   """
 
   rows: int
+  columns: int
   parts: int
   residues: int = 1
 
@@ -67,8 +69,9 @@ class Sizes(NamedTuple):
   def of(cls, length: int, dtype, residues: int = 1) -> Sizes:
     """For rows of that many tokens in a dtype."""
     tokens = -(-length // max(residues // 2, 1))
-    rows = -(-tokens // MULTIPLE) * MULTIPLE // COLUMNS
-    return cls(rows, PARTS[jnp.dtype(dtype).name], residues)
+    columns = next((n for n in COLUMNS if n * ROWS >= tokens), COLUMNS[-1])
+    rows = -(-tokens // (columns * ROWS)) * ROWS
+    return cls(rows, columns, PARTS[jnp.dtype(dtype).name], residues)
 
   @property
   def shifts(self) -> np.ndarray:
@@ -78,7 +81,7 @@ class Sizes(NamedTuple):
   @property
   def tokens(self) -> int:
     """Of a row, or of a folded one, filled up."""
-    return self.rows * COLUMNS
+    return self.rows * self.columns
 
   @property
   def half(self) -> int:
@@ -88,7 +91,7 @@ class Sizes(NamedTuple):
   @property
   def frequencies(self) -> int:
     """Of one residue."""
-    return self.half * COLUMNS
+    return self.half * self.columns
 
   @property
   def points(self) -> int:
@@ -102,18 +105,18 @@ def vmem_bytes(sizes: Sizes, itemsize: int, gates: int, *, backward: bool) -> in
   arrays = (3 + 2 * gates if backward else 2 + gates) if sizes.residues == 1 else 2 + 2 * backward
   windows = 2 * arrays * 2 * sizes.tokens * itemsize
   spectra = (min(sizes.residues, 2) + 2 * backward + 1) * 8 * sizes.frequencies
-  scratch = 8 * (sizes.frequencies + APART * COLUMNS + sizes.tokens + APART * sizes.rows)
+  scratch = 8 * (sizes.frequencies + APART * sizes.columns + sizes.tokens + APART * sizes.rows)
   return LANES * (windows + spectra + (1 + backward) * scratch) + 2**20
 
 
 def spectrum(c, sizes: Sizes):
-  """Filters c [D, N] float32 -> [R, k1, 2 COLUMNS, D], real parts above imaginary ones."""
+  """Filters c [D, N] float32 -> [R, k1, 2 columns, D], real parts above imaginary ones."""
   # Channels in lanes throughout, real products, and twiddles in the second matrices: of complex
   # products XLA makes three times as many, and programs that take minutes to compile.
   # Three products of bfloat16 parts, or six, as of rows.
   product = functools.partial(jnp.einsum, precision="highest" if sizes.parts == 3 else "high")
   residues, half = sizes.residues, sizes.half
-  n1, n2, k2 = map(np.arange, (half, COLUMNS, COLUMNS))
+  n1, n2, k2 = map(np.arange, (half, sizes.columns, sizes.columns))
   k1 = sizes.shifts[:, None] + np.arange(half)
 
   def matrices(i, j, points: int):
@@ -121,20 +124,21 @@ def spectrum(c, sizes: Sizes):
     of = [real_matrix(row, j, points) for row in i]
     return np.stack(of).reshape(residues, 2, -1, 2, len(j)).astype(np.float32)
 
-  x = c.T.reshape(1, residues, half, COLUMNS, -1)  # an axis of parts, which is real alone
+  x = c.T.reshape(1, residues, half, sizes.columns, -1)  # an axis of parts, which is real alone
   if residues > 1:
     r = np.arange(residues)
     x = product("rqpf,pfijd->rqijd", matrices(r[:, None], r, residues)[:, :, 0, :1], x)
   first = matrices(k1, n1, half)[:, :, :, : x.shape[1]]
-  x = product("rqkpi,rpijd->rkqjd", first, x).reshape(residues, half, 2 * COLUMNS, -1)
-  twiddles = angles(k1, n2, sizes.frequencies).reshape(residues, half, 1, COLUMNS)
-  # The products of both are large, and not to be written into the program.
+  x = product("rqkpi,rpijd->rkqjd", first, x).reshape(residues, half, 2 * sizes.columns, -1)
+  twiddles = angles(k1, n2, sizes.frequencies).reshape(residues, half, 1, -1)
+  # Small matrices are constants of a program, large ones made where they are needed.
+  numbers = np if sizes.points <= LARGE else jnp
   (a, b), (c, d) = (
-    jax.lax.optimization_barrier((np.float32(np.cos(turns)), np.float32(np.sin(turns))))
-    for turns in (twiddles, angles(k2, n2, COLUMNS))
+    numbers.float32([np.cos(turns), np.sin(turns)])
+    for turns in (twiddles, angles(k2, n2, sizes.columns))
   )
   cosine, sine = a * c - b * d, b * c + a * d
-  second = jnp.block([[cosine, sine], [-sine, cosine]])
+  second = numbers.block([[cosine, sine], [-sine, cosine]])
   return product("rkij,rkjd->rkid", second, x)
 
 
@@ -172,7 +176,7 @@ def backward(
     dy: the cotangent of y, in the shape and dtype of u.   output: whether y is wanted, which no
       post_gate may then stand behind.   The rest: as given to `forward`.
   Returns:
-    du, dspectrum [R, k1, 2 COLUMNS, D], those of the gates, None for None, and y or None. Rows are
+    du, dspectrum [R, k1, 2 columns, D], those of the gates, None for None, and y or None. Rows are
     [B, R tokens, D] in the dtype of u; dspectrum is float32, summed over the rows.
   """
   has_pre, has_post = pre_gate is not None, post_gate is not None
@@ -212,7 +216,7 @@ def _call(kernel, name: str, rows, filters, sizes, *, outputs, in_place, sums=Fa
   twiddles = jnp.broadcast_to(twiddles, (*twiddles.shape[:2], LANES))
   ahead = pl.Buffered(min(sizes.residues, 2))
   row = pl.BlockSpec((2, sizes.tokens, LANES), lambda j, r, pair: (pair, r, j))
-  of_spectrum = (None, sizes.half, 2 * COLUMNS, LANES), lambda j, r, pair: (r, 0, 0, j)
+  of_spectrum = (None, sizes.half, 2 * sizes.columns, LANES), lambda j, r, pair: (r, 0, 0, j)
 
   def table(x):
     return pl.BlockSpec((None, *x.shape[1:]), lambda j, r, pair: (r, 0, 0), pipeline_mode=ahead)
@@ -222,8 +226,8 @@ def _call(kernel, name: str, rows, filters, sizes, *, outputs, in_place, sums=Fa
   if sums:
     out_shape.append(jax.ShapeDtypeStruct(spectrum.shape, jnp.float32))
     out_specs.append(pl.BlockSpec(*of_spectrum))
-  tokens = pltpu.VMEM((2 * sizes.rows * (COLUMNS + APART), LANES), jnp.float32)
-  complex_rows = pltpu.VMEM((COLUMNS * (2 * sizes.half + APART), LANES), jnp.float32)
+  tokens = pltpu.VMEM((2 * sizes.rows * (sizes.columns + APART), LANES), jnp.float32)
+  complex_rows = pltpu.VMEM((sizes.columns * (2 * sizes.half + APART), LANES), jnp.float32)
   vmem = vmem_bytes(sizes, dtype.itemsize, len(rows) - 1 - sums, backward=sums)
   moved = (len(rows) + outputs) * 2 * pairs * length * channels * dtype.itemsize
   results = pl.pallas_call(
@@ -258,8 +262,8 @@ def _call(kernel, name: str, rows, filters, sizes, *, outputs, in_place, sums=Fa
 def matmul_flops(sizes: Sizes, batch: int, channels: int) -> int:
   """Of the products of a forward pass, multiply-adds counted as two. A pass backward takes twice as
   many."""
-  first = COLUMNS * (2 * sizes.half) * (2 * sizes.rows)
-  second = sizes.half * (2 * COLUMNS) ** 2
+  first = sizes.columns * (2 * sizes.half) * (2 * sizes.rows)
+  second = sizes.half * (2 * sizes.columns) ** 2
   transforms = sizes.residues * -(-batch // 2) * channels
   return 2 * len(_pairs(sizes.parts)) * 2 * (first + second) * transforms
 
@@ -268,8 +272,8 @@ def matmul_flops(sizes: Sizes, batch: int, channels: int) -> int:
 def _tables(sizes: Sizes) -> tuple[list[np.ndarray], np.ndarray]:
   """Constant operands: of the four products, [R, M, pairs of parts x K] bfloat16, and twiddles [n2,
   2 N1, 1] with cosines above sines."""
-  rows, half, points = sizes.rows, sizes.half, sizes.frequencies
-  n1, n2, k1, k2 = map(np.arange, (rows, COLUMNS, half, COLUMNS))
+  rows, columns, half, points = sizes.rows, sizes.columns, sizes.half, sizes.frequencies
+  n1, n2, k1, k2 = map(np.arange, (rows, columns, half, columns))
 
   def beside(matrix) -> np.ndarray:
     split = in_parts(matrix, sizes.parts)
@@ -277,13 +281,13 @@ def _tables(sizes: Sizes) -> tuple[list[np.ndarray], np.ndarray]:
 
   residues = []
   for shift in sizes.shifts:
-    # w_C^(n2 k2) w_points^(shift n2): a twiddle of the shift alone.
+    # w_columns^(n2 k2) w_points^(shift n2): a twiddle of the shift alone.
     second = k2 + shift / half
     residues.append(
       [
         beside(real_matrix(k1 + shift, n1, half)),
-        beside(real_matrix(second, n2, COLUMNS)),
-        beside(real_matrix(n2, -second, COLUMNS) / sizes.points),
+        beside(real_matrix(second, n2, columns)),
+        beside(real_matrix(n2, -second, columns) / sizes.points),
         beside(real_matrix(n1, -(k1 + shift), half)),
       ]
     )
@@ -351,7 +355,7 @@ class _Transform:
       for n2, x in zip(n2s, _product(self.first, columns), strict=True):
         ref[self._frequencies(n2)] = _times(self.twiddles[n2], x, conjugate=True)
 
-    _loop(COLUMNS, at)
+    _loop(self.sizes.columns, at)
 
   def end(self, ref, tokens_ref):
     """What `begin` makes -> both rows of tokens."""
@@ -362,7 +366,7 @@ class _Transform:
         for row, tokens in enumerate(_halves(x)):
           tokens_ref[self._tokens(row, n2)] = tokens
 
-    _loop(COLUMNS, at)
+    _loop(self.sizes.columns, at)
 
   def values(self, ref, k1s):
     """X of all k2, for each k1."""
@@ -375,7 +379,7 @@ class _Transform:
         ref[at] = part
 
   def _tokens(self, row: int, n2):
-    apart = COLUMNS + APART
+    apart = self.sizes.columns + APART
     return pl.ds(row * self.sizes.rows * apart + n2, self.sizes.rows, stride=apart)
 
   def _frequencies(self, n2):
@@ -383,20 +387,24 @@ class _Transform:
 
   def _parts(self, k1):
     half = self.sizes.half
-    return [pl.ds(part * half + k1, COLUMNS, stride=2 * half + APART) for part in range(2)]
+    return [
+      pl.ds(part * half + k1, self.sizes.columns, stride=2 * half + APART) for part in range(2)
+    ]
 
 
 def _each_window(sizes: Sizes, body):
   """`body` for each row and n1: the row, where its tokens stand in arrays of rows, and where they
   stand in the scratch."""
+  columns = sizes.columns
 
-  def at(n1s):
+  def of(n1s):
     for n1 in n1s:
       for row in range(2):
-        start = (row * sizes.rows + n1) * (COLUMNS + APART)
-        body((row, pl.ds(pl.multiple_of(n1 * COLUMNS, COLUMNS), COLUMNS)), pl.ds(start, COLUMNS))
+        at = pl.multiple_of(n1 * columns, columns)
+        start = (row * sizes.rows + n1) * (columns + APART)
+        body((row, pl.ds(at, columns)), pl.ds(start, columns))
 
-  _loop(sizes.rows, at)
+  _loop(sizes.rows, of)
 
 
 def _values(refs, at):

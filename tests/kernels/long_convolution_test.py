@@ -122,13 +122,12 @@ def test_golden(case, golden, interpreted, no_worse):
 
 
 @pytest.mark.parametrize("case", ["circular0", "circular1"])
-def test_golden_spectrum(case, golden, monkeypatch, close, rounding):
+def test_golden_spectrum(case, golden, close, rounding):
   """Of the filters in the order [k1, k2] that public kernels have, at their two sizes; and of rows,
   which those divide by the length."""
   data = np.load(golden / "monarch" / "fftconv.npz")
   rows, columns = (int(data[f"{case}/{name}"]) for name in ("N1", "N2"))
-  monkeypatch.setattr(tpu, "COLUMNS", columns)
-  sizes = tpu.Sizes(rows // 2, 3)
+  sizes = tpu.Sizes(rows // 2, columns, parts=3)
   x, k, spectra, filters = (data[f"{case}/{name}"] for name in ("x", "k", "Y", "kperm"))
 
   def spectrum(c):
