@@ -45,7 +45,6 @@ from pallas_kernels.long_convolution.fourier import PARTS, angles, in_parts, rea
 LANES = 128
 COLUMNS = (16, 32, 64)  # the last with both parts of complex numbers as deep as a matrix unit
 ROWS = 8  # of n1 in a register
-LARGE = 4096  # points
 APART = 4
 BESIDE = 8  # transforms that are one product
 UNROLLED = 2  # products whose latencies the schedule lays side by side
@@ -131,14 +130,15 @@ def spectrum(c, sizes: Sizes):
   first = matrices(k1, n1, half)[:, :, :, : x.shape[1]]
   x = product("rqkpi,rpijd->rkqjd", first, x).reshape(residues, half, 2 * sizes.columns, -1)
   twiddles = angles(k1, n2, sizes.frequencies).reshape(residues, half, 1, -1)
-  # Small matrices are constants of a program, large ones made where they are needed.
-  numbers = np if sizes.points <= LARGE else jnp
-  (a, b), (c, d) = (
-    numbers.float32([np.cos(turns), np.sin(turns)])
-    for turns in (twiddles, angles(k2, n2, sizes.columns))
+  (cosine, sine), (twiddle_cosine, twiddle_sine) = (
+    jnp.float32([np.cos(turns), np.sin(turns)])
+    for turns in (angles(k2, n2, sizes.columns), twiddles)
   )
-  cosine, sine = a * c - b * d, b * c + a * d
-  second = numbers.block([[cosine, sine], [-sine, cosine]])
+  cosine, sine = (
+    cosine * twiddle_cosine - sine * twiddle_sine,
+    sine * twiddle_cosine + cosine * twiddle_sine,
+  )
+  second = jnp.block([[cosine, sine], [-sine, cosine]])
   return product("rkij,rkjd->rkid", second, x)
 
 
