@@ -136,7 +136,7 @@ def backward(u, spectra, skip, pre_gate, post_gate, dy, sizes: tpu.Sizes):
     dx = fold(rows.of(dy, post_gate), start, rows.group, sizes)
     dx, added, _, _, y = tpu.backward(x, spectrum, skip, None, None, dx, sizes, output=has_post)
     mine, post = results[: 1 + has_pre], results[1 + has_pre :]
-    mine = unfold(dx, rows.of(pre_gate, u)[: 1 + has_pre], mine, start, sizes)
+    mine = unfold(dx, rows.of(pre_gate, u) if has_pre else [], mine, start, sizes)
     if has_post:
       post = unfold(y, rows.of(dy), post, start, sizes)
     return dspectrum + added, *mine, *post

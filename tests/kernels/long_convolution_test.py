@@ -81,6 +81,8 @@ def inputs_of(case, dtype):
     ("tpu", "full", np.float32, ("pre_gate",)),
     ("tpu", "folded", np.float32, ()),
     ("tpu", "folded_full", jnp.bfloat16, ()),
+    ("tpu", "folded_full", np.float32, ("pre_gate",)),
+    ("tpu", "folded", np.float32, ("pre_gate", "post_gate", "skip")),
     ("tpu", "packed", np.float32, ()),
     ("tpu", "packed_full", jnp.bfloat16, ()),
     ("gpu", "one_token", np.float32, ()),
